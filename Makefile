@@ -1,0 +1,88 @@
+# make demo   fine-tune a real model on real text (installs what is missing, builds, runs)
+# make test   build everything and run every test
+# make lint | bench | clean
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+JOBS ?= $(shell nproc)
+BUILD := build/release
+
+py := $(VENV)/bin/python
+pip := $(py) -m pip --disable-pip-version-check
+say = @printf '\n\033[1m== %s\033[0m\n' "$(1)"
+
+apt_packages := cmake ninja-build g++ libfmt-dev nlohmann-json3-dev libcli11-dev doctest-dev \
+  libpcre2-dev
+ifeq ($(shell $(PYTHON) -c 'import sysconfig, os; print(os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' 2>/dev/null),False)
+apt_packages += python3-dev
+endif
+ifneq ($(shell $(PYTHON) -c 'import ensurepip; print(1)' 2>/dev/null),1)
+apt_packages += python3-venv
+endif
+
+sources := $(shell find quant peft bindings tools cmake python tests/cpp -type f \
+  -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml VERSION
+
+.PHONY: help demo test lint bench clean build system check-consumer
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+system:
+	@missing=; for p in $(apt_packages); do \
+	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+	  printf '\n\033[1m== Installing system packages:%s\033[0m\n' "$$missing"; \
+	  if [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing > /dev/null; \
+	  else \
+	    echo "these Debian packages are missing: sudo apt-get install$$missing"; exit 1; \
+	  fi; \
+	fi
+
+$(VENV)/.ready: requirements-dev.txt | system
+	$(call say,Python environment in $(VENV) with torch $(TORCH))
+	$(PYTHON) -m venv $(VENV)
+	$(pip) install -q --upgrade pip
+	$(pip) install -q torch==$(TORCH) numpy
+	$(pip) install -q -r requirements-dev.txt
+	$(pip) install -q --no-deps -r requirements-data.txt
+	@touch $@
+
+build: $(VENV)/.installed
+$(VENV)/.installed: $(VENV)/.ready $(sources)
+	$(call say,Building Budwood ($(JOBS) jobs; a first build takes some minutes))
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(pip) install --no-build-isolation --no-deps -v \
+	  -C build-dir=$(BUILD) -C cmake.define.BUDWOOD_DEVELOPER_MODE=ON \
+	  . 2>&1 | grep --line-buffered -E '^\s*\[[0-9]+/[0-9]+\] (Build|Link)|warning:|error|Error|Successfully' ; \
+	  exit $${PIPESTATUS[0]}
+	@touch $@
+
+demo: build
+	$(call say,Demo)
+	$(py) examples/demo/run.py
+
+test: build
+	$(call say,C++ tests)
+	ctest --test-dir $(BUILD) --output-on-failure
+	$(call say,Installation and consumer project)
+	PYTHON=$(CURDIR)/$(py) BUILD=$(CURDIR)/$(BUILD) tests/consumer/run.sh
+	$(call say,Examples)
+	PYTHON=$(CURDIR)/$(py) BUILD=$(CURDIR)/$(BUILD) tests/examples.sh
+	$(call say,Python tests)
+	$(py) -m pytest tests/python
+
+lint: $(VENV)/.ready
+	$(py) -m ruff check python tests examples benchmarks
+	$(py) -m ruff format --check python tests examples benchmarks
+	$(py) -m clang_format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+
+bench: build
+	$(py) benchmarks/step.py
+
+clean:
+	rm -rf build $(VENV) demo-out

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace budwood::models {
+
+/// Token sequences laid end to end, without padding: the one form in which models take input.
+/// Sequence s occupies [cu_seqlens[s], cu_seqlens[s + 1]); no token sees another sequence.
+struct TokenBatch {
+  at::Tensor ids;                   ///< int64 [tokens]
+  at::Tensor positions;             ///< int64 [tokens], from 0 in each sequence
+  std::vector<int64_t> cu_seqlens;  ///< [sequences + 1], starts with 0, ends with tokens
+
+  int64_t tokens() const { return ids.size(0); }
+  int64_t sequences() const { return static_cast<int64_t>(cu_seqlens.size()) - 1; }
+  /// Longest sequence.
+  int64_t longest() const;
+
+  /// Rows [n, t] of equal length.
+  static TokenBatch from_rows(const at::Tensor& ids);
+  /// Rows [n, t] with a mask of the same shape (1 = token, 0 = padding, at either side); padding is
+  /// dropped, so it costs nothing.
+  static TokenBatch from_rows(const at::Tensor& ids, const at::Tensor& mask);
+  static TokenBatch from_sequences(const std::vector<std::vector<int64_t>>& sequences);
+};
+
+}  // namespace budwood::models

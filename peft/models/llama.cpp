@@ -1,0 +1,165 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <budwood/peft/models/llama.h>
+#include <budwood/peft/models/registry.h>
+#include <budwood/peft/ops/attention.h>
+#include <budwood/peft/ops/norm.h>
+#include <budwood/quant/error.h>
+#include <cmath>
+
+namespace budwood::models {
+namespace {
+
+LinearSlot projection(WeightSource& source, const std::string& path, int64_t out, int64_t in,
+                      bool bias) {
+  return LinearSlot(source.matrix(path + ".weight", out, in),
+                    bias ? source.vector(path + ".bias", out) : at::Tensor());
+}
+
+RmsNorm norm_from(WeightSource& source, const std::string& path, int64_t size, double eps) {
+  return RmsNorm(source.vector(path + ".weight", size), eps);
+}
+
+// Where the keys of each sequence start and end when `past` of them are cached already.
+ops::AttentionShape attention_shape(const TokenBatch& batch, int64_t past, int64_t head_dim,
+                                    int64_t window) {
+  ops::AttentionShape shape{batch.cu_seqlens, batch.cu_seqlens,
+                            1.0 / std::sqrt(static_cast<double>(head_dim)), window};
+  for (size_t s = 0; s < shape.cu_k.size(); ++s) shape.cu_k[s] += static_cast<int64_t>(s) * past;
+  return shape;
+}
+
+}  // namespace
+
+RmsNormImpl::RmsNormImpl(at::Tensor w, double eps) : eps_(eps) {
+  weight = register_parameter("weight", std::move(w), /*requires_grad=*/false);
+}
+
+at::Tensor RmsNormImpl::forward(const at::Tensor& x) { return ops::rms_norm(x, weight, eps_); }
+
+LlamaAttentionImpl::LlamaAttentionImpl(const ModelConfig& c, int64_t layer, const std::string& path,
+                                       WeightSource& source)
+    : layer_(layer),
+      heads_(c.num_attention_heads),
+      kv_heads_(c.num_key_value_heads),
+      head_dim_(c.head_dim),
+      window_(c.sliding_window.empty() ? 0 : c.sliding_window[static_cast<size_t>(layer)]) {
+  const int64_t q = heads_ * head_dim_, kv = kv_heads_ * head_dim_, d = c.hidden_size;
+  q_proj_ = register_module("q_proj", projection(source, path + ".q_proj", q, d, c.attention_bias));
+  k_proj_ = register_module("k_proj", projection(source, path + ".k_proj", kv, d, c.attention_bias));
+  v_proj_ = register_module("v_proj", projection(source, path + ".v_proj", kv, d, c.attention_bias));
+  o_proj_ =
+      register_module("o_proj", projection(source, path + ".o_proj", d, q, c.attention_out_bias));
+  if (c.qk_norm) {
+    q_norm_ = register_module("q_norm", norm_from(source, path + ".q_norm", head_dim_, c.rms_norm_eps));
+    k_norm_ = register_module("k_norm", norm_from(source, path + ".k_norm", head_dim_, c.rms_norm_eps));
+  }
+}
+
+at::Tensor LlamaAttentionImpl::forward(const at::Tensor& x, const TokenBatch& batch,
+                                       const RotaryTable::Angles& angles, KvCache* cache) {
+  const int64_t tokens = x.size(0);
+  auto q = q_proj_(x).view({tokens, heads_, head_dim_});
+  auto k = k_proj_(x).view({tokens, kv_heads_, head_dim_});
+  auto v = v_proj_(x).view({tokens, kv_heads_, head_dim_});
+  if (!q_norm_.is_empty()) {
+    q = q_norm_(q);
+    k = k_norm_(k);
+  }
+  q = ops::rotate(q, angles.cos, angles.sin);
+  k = ops::rotate(k, angles.cos, angles.sin);
+  int64_t past = 0;
+  if (cache) {
+    past = cache->length();
+    const int64_t n = batch.sequences(), t = tokens / n;
+    auto [all_k, all_v] = cache->append(layer_, k.view({n, t, kv_heads_, head_dim_}),
+                                        v.view({n, t, kv_heads_, head_dim_}));
+    k = all_k.reshape({-1, kv_heads_, head_dim_});
+    v = all_v.reshape({-1, kv_heads_, head_dim_});
+  }
+  const auto out = ops::attention(q, k, v, attention_shape(batch, past, head_dim_, window_));
+  return o_proj_(out.reshape({tokens, heads_ * head_dim_}));
+}
+
+LlamaMlpImpl::LlamaMlpImpl(const ModelConfig& c, const std::string& path, WeightSource& source) {
+  const int64_t d = c.hidden_size, ff = c.intermediate_size;
+  gate_proj_ = register_module("gate_proj", projection(source, path + ".gate_proj", ff, d, c.mlp_bias));
+  up_proj_ = register_module("up_proj", projection(source, path + ".up_proj", ff, d, c.mlp_bias));
+  down_proj_ = register_module("down_proj", projection(source, path + ".down_proj", d, ff, c.mlp_bias));
+}
+
+at::Tensor LlamaMlpImpl::forward(const at::Tensor& x) {
+  return down_proj_(ops::swiglu(gate_proj_(x), up_proj_(x)));
+}
+
+LlamaBlockImpl::LlamaBlockImpl(const ModelConfig& c, int64_t layer, const std::string& path,
+                               WeightSource& source) {
+  input_layernorm_ = register_module(
+      "input_layernorm", norm_from(source, path + ".input_layernorm", c.hidden_size, c.rms_norm_eps));
+  self_attn_ =
+      register_module("self_attn", LlamaAttention(c, layer, path + ".self_attn", source));
+  post_attention_layernorm_ = register_module(
+      "post_attention_layernorm",
+      norm_from(source, path + ".post_attention_layernorm", c.hidden_size, c.rms_norm_eps));
+  mlp_ = register_module("mlp", LlamaMlp(c, path + ".mlp", source));
+}
+
+at::Tensor LlamaBlockImpl::forward(const at::Tensor& x, const TokenBatch& batch,
+                                   const RotaryTable::Angles& angles, KvCache* cache) {
+  const auto h = x + self_attn_(input_layernorm_(x), batch, angles, cache);
+  return h + mlp_(post_attention_layernorm_(h));
+}
+
+LlamaForCausalLM::LlamaForCausalLM(ModelConfig model_config, WeightSource& source)
+    : CausalLM(std::move(model_config)),
+      dtype_(source.dtype()),
+      rotary_(config().rope, config().head_dim) {
+  const auto& c = config();
+  auto table = source.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
+  auto head = c.tie_word_embeddings ? table
+                                    : source.matrix("lm_head.weight", c.vocab_size, c.hidden_size);
+  // Plain containers give the parameters transformers' paths.
+  auto body = register_module("model", std::make_shared<torch::nn::Module>());
+  embed_tokens_ = body->register_module("embed_tokens", EmbeddingSlot(std::move(table)));
+  auto blocks = body->register_module("layers", std::make_shared<torch::nn::Module>());
+  for (int64_t i = 0; i < c.num_hidden_layers; ++i)
+    layers_.push_back(blocks->register_module(
+        std::to_string(i), LlamaBlock(c, i, fmt::format("model.layers.{}", i), source)));
+  norm_ = body->register_module("norm", norm_from(source, "model.norm", c.hidden_size, c.rms_norm_eps));
+  lm_head_ = register_module("lm_head", LinearSlot(std::move(head)));
+}
+
+at::Tensor LlamaForCausalLM::hidden(const TokenBatch& batch, KvCache* cache) {
+  if (cache && (batch.sequences() < 1 || batch.tokens() % batch.sequences() != 0 ||
+                batch.longest() * batch.sequences() != batch.tokens()))
+    throw Error("hidden", "sequences that share a cache have one length");
+  const auto angles = rotary_.at(batch.positions);
+  auto x = embed_tokens_(batch.ids, dtype_);
+  for (auto& layer : layers_) x = layer(x, batch, angles, cache);
+  if (cache) cache->advance(batch.longest());
+  return norm_(x);
+}
+
+at::Tensor LlamaForCausalLM::logits(const at::Tensor& hidden) { return lm_head_.get()->forward(hidden); }
+
+std::vector<at::Tensor> LlamaForCausalLM::head_parameters() const {
+  std::vector<at::Tensor> trained;
+  for (const auto& p : lm_head_->parameters())
+    if (p.requires_grad()) trained.push_back(p);
+  return trained;
+}
+
+namespace {
+
+const bool registered = [] {
+  const auto make = [](ModelConfig config, WeightSource& source) -> std::shared_ptr<CausalLM> {
+    return std::make_shared<LlamaForCausalLM>(std::move(config), source);
+  };
+  for (const char* type : {"llama", "mistral", "qwen2", "qwen3"}) register_model(type, make);
+  return true;
+}();
+
+}  // namespace
+}  // namespace budwood::models

@@ -1,0 +1,82 @@
+#pragma once
+
+#include <budwood/peft/models/model.h>
+#include <budwood/peft/models/rope.h>
+#include <budwood/peft/models/weight_source.h>
+#include <budwood/peft/slot.h>
+
+#include <functional>
+
+/// Decoders of the Llama family from one class: Llama, SmolLM2, Mistral (sliding window), Qwen2
+/// (q/k/v bias), Qwen3 (q/k norm). Differences are read from ModelConfig, not from the name.
+namespace budwood::models {
+
+class RmsNormImpl : public torch::nn::Module {
+ public:
+  RmsNormImpl(at::Tensor weight, double eps);
+  at::Tensor forward(const at::Tensor& x);
+  at::Tensor weight;
+
+ private:
+  double eps_;
+};
+TORCH_MODULE(RmsNorm);
+
+class LlamaAttentionImpl : public torch::nn::Module {
+ public:
+  LlamaAttentionImpl(const ModelConfig& config, int64_t layer, const std::string& path,
+                     WeightSource& source);
+  /// x [tokens, hidden] -> [tokens, hidden].
+  at::Tensor forward(const at::Tensor& x, const TokenBatch& batch,
+                     const RotaryTable::Angles& angles, KvCache* cache);
+
+ private:
+  int64_t layer_, heads_, kv_heads_, head_dim_, window_;
+  LinearSlot q_proj_{nullptr}, k_proj_{nullptr}, v_proj_{nullptr}, o_proj_{nullptr};
+  RmsNorm q_norm_{nullptr}, k_norm_{nullptr};
+};
+TORCH_MODULE(LlamaAttention);
+
+class LlamaMlpImpl : public torch::nn::Module {
+ public:
+  LlamaMlpImpl(const ModelConfig& config, const std::string& path, WeightSource& source);
+  at::Tensor forward(const at::Tensor& x);
+
+ private:
+  LinearSlot gate_proj_{nullptr}, up_proj_{nullptr}, down_proj_{nullptr};
+};
+TORCH_MODULE(LlamaMlp);
+
+class LlamaBlockImpl : public torch::nn::Module {
+ public:
+  LlamaBlockImpl(const ModelConfig& config, int64_t layer, const std::string& path,
+                 WeightSource& source);
+  at::Tensor forward(const at::Tensor& x, const TokenBatch& batch,
+                     const RotaryTable::Angles& angles, KvCache* cache);
+
+ private:
+  RmsNorm input_layernorm_{nullptr}, post_attention_layernorm_{nullptr};
+  LlamaAttention self_attn_{nullptr};
+  LlamaMlp mlp_{nullptr};
+};
+TORCH_MODULE(LlamaBlock);
+
+class LlamaForCausalLM : public CausalLM {
+ public:
+  LlamaForCausalLM(ModelConfig config, WeightSource& source);
+
+  at::Tensor hidden(const TokenBatch& batch, KvCache* cache = nullptr) override;
+  at::Tensor logits(const at::Tensor& hidden) override;
+  std::vector<at::Tensor> head_parameters() const override;
+  at::ScalarType dtype() const override { return dtype_; }
+
+ private:
+  at::ScalarType dtype_;
+  RotaryTable rotary_;
+  EmbeddingSlot embed_tokens_{nullptr};
+  std::vector<LlamaBlock> layers_;
+  RmsNorm norm_{nullptr};
+  LinearSlot lm_head_{nullptr};
+};
+
+}  // namespace budwood::models

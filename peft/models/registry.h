@@ -1,0 +1,44 @@
+#pragma once
+
+#include <budwood/peft/models/model.h>
+#include <budwood/peft/models/weight_source.h>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace budwood::models {
+
+struct LoadOptions {
+  /// dtype of weights and activations: "auto" keeps what the file says (a GGUF loads as float32),
+  /// or "float32", "bfloat16", "float16". Weights whose dtype is unchanged are used straight from
+  /// the mapped file.
+  std::string dtype = "auto";
+};
+
+/// A model from a Hugging Face folder (config.json, safetensors, sharded or not) or a GGUF file.
+/// Unknown architectures and tensors that do not belong to the model are Errors.
+std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& options = {});
+
+/// What load() would build, without reading weights.
+ModelConfig read_config(const std::string& path);
+
+struct SaveOptions {
+  std::string dtype = "auto";          ///< "auto" keeps each weight's own
+  int64_t max_shard_size = 5'000'000'000;  ///< bytes of one file
+  /// Folder or GGUF file the model came from: tokeniser files are carried over (or written from the
+  /// GGUF's metadata). Empty = none.
+  std::string tokenizer_from;
+};
+
+/// The model as a Hugging Face folder that transformers opens. Adapters must be merged or detached
+/// before; the folder appears whole or not at all.
+void save(CausalLM& model, const std::string& folder, const SaveOptions& options = {});
+
+using ModelFactory = std::function<std::shared_ptr<CausalLM>(ModelConfig, WeightSource&)>;
+/// Adds a model type; called from a static object in the model's own source file.
+bool register_model(const std::string& model_type, ModelFactory factory);
+/// A model over any source of weights.
+std::shared_ptr<CausalLM> build(ModelConfig config, WeightSource& source);
+
+}  // namespace budwood::models

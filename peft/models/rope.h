@@ -1,0 +1,27 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <budwood/peft/models/config.h>
+
+namespace budwood::models {
+
+/// Angle tables of rotary position embedding, computed as transformers does (fp32).
+class RotaryTable {
+ public:
+  RotaryTable(const RopeConfig& rope, int64_t head_dim);
+
+  struct Angles {
+    at::Tensor cos, sin;  ///< [tokens, head_dim / 2], fp32, attention factor included
+  };
+  /// positions int64 [tokens].
+  Angles at(const at::Tensor& positions) const;
+
+  const at::Tensor& inverse_frequencies() const { return inverse_frequencies_; }
+
+ private:
+  at::Tensor inverse_frequencies_;  // [head_dim / 2]
+  double attention_factor_ = 1.0;
+};
+
+}  // namespace budwood::models

@@ -1,0 +1,253 @@
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <budwood/peft/ops/lora_linear.h>
+#include <budwood/quant/ops.h>
+
+namespace budwood::ops {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::Tensor flat(const at::Tensor& t) { return t.reshape({-1, t.size(-1)}); }
+
+void check_factors(const at::Tensor& x, at::IntArrayRef shape, const at::Tensor& a,
+                   const at::Tensor& b) {
+  TORCH_CHECK(shape.size() == 2, "[lora_linear] shape is [out, in], found ", shape);
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == shape[1], "[lora_linear] the last dimension of x is ",
+              shape[1], ", found a tensor of ", x.sizes());
+  TORCH_CHECK(a.dim() == 2 && a.size(1) == shape[1], "[lora_linear] A is [r, ", shape[1],
+              "], found ", a.sizes());
+  TORCH_CHECK(b.dim() == 2 && b.size(0) == shape[0] && b.size(1) == a.size(0),
+              "[lora_linear] B is [", shape[0], ", ", a.size(0), "], found ", b.sizes());
+  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "[lora_linear] A and B have one dtype, found ",
+              a.scalar_type(), " and ", b.scalar_type());
+}
+
+// Returns (y, u) with u = x Aᵀ [tokens, r], which the backward reads again.
+std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, at::TensorList parts,
+                                                  int64_t format, at::IntArrayRef shape,
+                                                  const OptionalTensor& bias, const at::Tensor& a,
+                                                  const at::Tensor& b, double scaling) {
+  check_factors(x, shape, a, b);
+  const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
+  auto u = flat(x).to(a.scalar_type()).mm(a.t());
+  auto y = w.linear(x);
+  auto rows = y.view({-1, shape[0]});
+  if (rows.scalar_type() == b.scalar_type())
+    rows.addmm_(u, b.t(), 1, scaling);
+  else
+    rows.add_(u.mm(b.t()), scaling);
+  if (bias) y.add_(bias->to(y.scalar_type()));
+  return {y, u};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_kernel(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, at::TensorList parts,
+    int64_t format, at::IntArrayRef shape, const at::Tensor& a, const at::Tensor& b, double scaling,
+    bool need_x) {
+  const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
+  const auto dy = flat(grad);
+  const auto dy_low = dy.to(b.scalar_type());
+  const auto v = dy_low.mm(b).mul_(scaling);
+  auto db = dy_low.t().mm(u).mul_(scaling);
+  auto da = v.t().mm(flat(x).to(a.scalar_type()));
+  at::Tensor dx = at::empty({0}, grad.options());
+  if (need_x) {
+    dx = w.backward_input(dy);
+    if (dx.scalar_type() == a.scalar_type())
+      dx.addmm_(v, a);
+    else
+      dx.add_(v.mm(a));
+    dx = dx.view(x.sizes());
+  }
+  return {dx, da, db};
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& x, at::TensorList, int64_t,
+                                                c10::SymIntArrayRef shape, const OptionalTensor&,
+                                                const at::Tensor& a, const at::Tensor&, double) {
+  auto sizes = x.sym_sizes().vec();
+  c10::SymInt tokens = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) tokens = tokens * sizes[i];
+  sizes.back() = shape[0];
+  return {at::empty_symint(sizes, x.options()),
+          at::empty_symint({tokens, a.sym_size(0)}, a.options())};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(const at::Tensor& grad,
+                                                             const at::Tensor& x, const at::Tensor&,
+                                                             at::TensorList, int64_t,
+                                                             c10::SymIntArrayRef,
+                                                             const at::Tensor& a,
+                                                             const at::Tensor& b, double,
+                                                             bool need_x) {
+  auto dx = need_x ? at::empty_symint(x.sym_sizes(), grad.options())
+                   : at::empty({0}, grad.options());
+  return {dx, at::empty_like(a), at::empty_like(b)};
+}
+
+std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& x, at::TensorList parts,
+                                                int64_t format, c10::SymIntArrayRef shape,
+                                                const OptionalTensor& bias, const at::Tensor& a,
+                                                const at::Tensor& b, double scaling) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("budwood::lora_linear_forward", "")
+          .typed<std::tuple<at::Tensor, at::Tensor>(
+              const at::Tensor&, at::TensorList, int64_t, c10::SymIntArrayRef,
+              const OptionalTensor&, const at::Tensor&, const at::Tensor&, double)>();
+  return op.call(x, parts, format, shape, bias, a, b, scaling);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> call_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, at::TensorList parts,
+    int64_t format, c10::SymIntArrayRef shape, const at::Tensor& a, const at::Tensor& b,
+    double scaling, bool need_x) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("budwood::lora_linear_backward", "")
+          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+              const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList, int64_t,
+              c10::SymIntArrayRef, const at::Tensor&, const at::Tensor&, double, bool)>();
+  return op.call(grad, x, u, parts, format, shape, a, b, scaling, need_x);
+}
+
+class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, at::TensorList parts,
+                            int64_t format, c10::SymIntArrayRef shape, const OptionalTensor& bias,
+                            const at::Tensor& a, const at::Tensor& b, double scaling) {
+    ctx->saved_data["format"] = format;
+    ctx->saved_data["shape"] = shape.vec();
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["bias"] = bias && bias->requires_grad();
+    ctx->saved_data["bias_dtype"] = bias ? bias->scalar_type() : x.scalar_type();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, u] = call_forward(x, parts, format, shape, bias, a, b, scaling);
+    auto saved = parts.vec();
+    saved.insert(saved.end(), {x, u, a, b});
+    ctx->save_for_backward(std::move(saved));
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    const size_t n = saved.size() - 4;
+    const variable_list parts(saved.begin(), saved.begin() + static_cast<int64_t>(n));
+    const auto shape = ctx->saved_data["shape"].toSymIntVector();
+    const bool need_x = ctx->needs_input_grad(0);
+    auto [dx, da, db] =
+        call_backward(grads[0], saved[n], saved[n + 1], parts, ctx->saved_data["format"].toInt(),
+                      shape, saved[n + 2], saved[n + 3], ctx->saved_data["scaling"].toDouble(),
+                      need_x);
+    // x, the parts, format, shape, bias, A, B, scaling
+    variable_list result(n + 7);
+    if (need_x) result[0] = dx;
+    if (ctx->saved_data["bias"].toBool())
+      result[n + 3] = grads[0].reshape_symint({-1, shape[0]}).sum(0).to(
+          ctx->saved_data["bias_dtype"].toScalarType());
+    result[n + 4] = da;
+    result[n + 5] = db;
+    return result;
+  }
+};
+
+at::Tensor autograd_entry(const at::Tensor& x, at::TensorList parts, int64_t format,
+                          c10::SymIntArrayRef shape, const OptionalTensor& bias,
+                          const at::Tensor& a, const at::Tensor& b, double scaling) {
+  TORCH_CHECK(!parts.empty(), "[lora_linear] a weight has at least one part");
+  for (const auto& part : parts)
+    TORCH_CHECK(!part.requires_grad(), "[lora_linear] the base weight is frozen, but it requires "
+                "grad; use linear and a separate low-rank product to train both");
+  return LoraLinearFunction::apply(x, parts, format, shape, bias, a, b, scaling);
+}
+
+at::Tensor device_entry(const at::Tensor& x, at::TensorList parts, int64_t format,
+                        c10::SymIntArrayRef shape, const OptionalTensor& bias, const at::Tensor& a,
+                        const at::Tensor& b, double scaling) {
+  return std::get<0>(call_forward(x, parts, format, shape, bias, a, b, scaling));
+}
+
+at::Tensor call_entry(const at::Tensor& x, at::TensorList parts, int64_t format,
+                      c10::SymIntArrayRef shape, const OptionalTensor& bias, const at::Tensor& a,
+                      const at::Tensor& b, double scaling) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("budwood::lora_linear", "")
+          .typed<at::Tensor(const at::Tensor&, at::TensorList, int64_t, c10::SymIntArrayRef,
+                            const OptionalTensor&, const at::Tensor&, const at::Tensor&, double)>();
+  return op.call(x, parts, format, shape, bias, a, b, scaling);
+}
+
+// Adapters stay in their own dtype (fp32): only x follows autocast.
+template <c10::DispatchKey key, c10::DeviceType device>
+at::Tensor autocast_entry(const at::Tensor& x, at::TensorList parts, int64_t format,
+                          c10::SymIntArrayRef shape, const OptionalTensor& bias,
+                          const at::Tensor& a, const at::Tensor& b, double scaling) {
+  c10::impl::ExcludeDispatchKeyGuard guard{key};
+  return call_entry(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x), parts,
+                    format, shape, bias, a, b, scaling);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(budwood, m) {
+  m.def(
+      "lora_linear(Tensor x, Tensor[] weight, int format, SymInt[] shape, Tensor? bias, "
+      "Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lora_linear_forward(Tensor x, Tensor[] weight, int format, SymInt[] shape, Tensor? bias, "
+      "Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lora_linear_backward(Tensor grad, Tensor x, Tensor u, Tensor[] weight, int format, "
+      "SymInt[] shape, Tensor lora_A, Tensor lora_B, float scaling, bool need_x) -> "
+      "(Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+#define BUDWOOD_DEVICE_KERNELS(key)                  \
+  TORCH_LIBRARY_IMPL(budwood, key, m) {              \
+    m.impl("lora_linear", device_entry);             \
+    m.impl("lora_linear_forward", forward_kernel);   \
+    m.impl("lora_linear_backward", backward_kernel); \
+  }
+BUDWOOD_DEVICE_KERNELS(CPU)
+BUDWOOD_DEVICE_KERNELS(CUDA)
+#undef BUDWOOD_DEVICE_KERNELS
+
+TORCH_LIBRARY_IMPL(budwood, Meta, m) {
+  m.impl("lora_linear", device_entry);
+  m.impl("lora_linear_forward", forward_meta);
+  m.impl("lora_linear_backward", backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(budwood, Autograd, m) {
+  m.impl("lora_linear", autograd_entry);
+  m.impl("lora_linear_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("lora_linear_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(budwood, AutocastCPU, m) {
+  m.impl("lora_linear", autocast_entry<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+
+TORCH_LIBRARY_IMPL(budwood, AutocastCUDA, m) {
+  m.impl("lora_linear", autocast_entry<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+}
+
+at::Tensor lora_linear(const at::Tensor& x, const quant::Weight& weight, const OptionalTensor& bias,
+                       const at::Tensor& a, const at::Tensor& b, double scaling) {
+  const std::array<c10::SymInt, 2> shape{weight.out, weight.in};
+  return call_entry(x, weight.parts, static_cast<int64_t>(weight.format), shape, bias, a, b,
+                    scaling);
+}
+
+}  // namespace budwood::ops

@@ -1,0 +1,187 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <budwood/peft/ops/lora_linear.h>
+#include <budwood/peft/slot.h>
+#include <budwood/quant/error.h>
+#include <budwood/quant/ops.h>
+
+namespace budwood {
+namespace {
+
+// Rows of a weight that are widened to fp64 at a time while merging.
+constexpr int64_t kMergePanelElements = 1 << 20;
+
+template <typename Range>
+std::string join(const Range& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text.empty() ? "none" : text;
+}
+
+}  // namespace
+
+LinearSlotImpl::LinearSlotImpl(quant::Weight weight, at::Tensor bias) {
+  for (size_t i = 0; i < weight.parts.size(); ++i) {
+    const auto name = i == 0 ? std::string("weight") : fmt::format("weight_{}", i);
+    register_parameter(name, weight.parts[i], /*requires_grad=*/false);
+  }
+  if (bias.defined()) register_parameter("bias", bias, /*requires_grad=*/false);
+  weight_ = std::move(weight);
+  bias_ = std::move(bias);
+}
+
+at::Tensor LinearSlotImpl::forward(const at::Tensor& x) {
+  std::vector<LinearAdapter*> running;
+  if (enabled_ && merged_.empty())
+    for (const auto& entry : adapters_)
+      if (std::find(active_.begin(), active_.end(), entry.name) != active_.end())
+        running.push_back(entry.adapter.get());
+  if (running.empty()) {
+    const auto bias = bias_.defined() ? std::optional(bias_) : std::nullopt;
+    return quant::linear(x, weight_, bias);
+  }
+  return with_adapters(x, running);
+}
+
+at::Tensor LinearSlotImpl::with_adapters(const at::Tensor& x,
+                                         const std::vector<LinearAdapter*>& running) {
+  const auto bias = bias_.defined() ? std::optional(bias_) : std::nullopt;
+  auto first = running.begin();
+  at::Tensor y;
+  if (const auto term = (*first)->low_rank()) {
+    y = ops::lora_linear(x, weight_, bias, term->a, term->b, term->scaling);
+    ++first;
+  } else {
+    y = quant::linear(x, weight_, bias);
+  }
+  for (; first != running.end(); ++first) y = (*first)->forward(*this, x, std::move(y));
+  return y;
+}
+
+void LinearSlotImpl::attach(const std::string& name, std::shared_ptr<LinearAdapter> adapter) {
+  if (this->adapter(name))
+    throw Error("attach", fmt::format("an adapter named '{}' is attached already; attached: {}",
+                                      name, join(adapter_names())));
+  if (!merged_.empty())
+    throw Error("attach", fmt::format("'{}' cannot be attached while {} is merged: unmerge first",
+                                      name, join(merged_)));
+  register_module("adapter_" + name, adapter);
+  adapters_.push_back({name, std::move(adapter)});
+  active_.push_back(name);
+}
+
+void LinearSlotImpl::detach(const std::string& name) {
+  const auto it = std::find_if(adapters_.begin(), adapters_.end(),
+                               [&](const Entry& entry) { return entry.name == name; });
+  if (it == adapters_.end())
+    throw Error("detach", fmt::format("no adapter named '{}'; attached: {}", name,
+                                      join(adapter_names())));
+  if (std::find(merged_.begin(), merged_.end(), name) != merged_.end())
+    throw Error("detach", fmt::format("'{}' is merged into the weight: unmerge first", name));
+  unregister_module("adapter_" + name);
+  adapters_.erase(it);
+  std::erase(active_, name);
+}
+
+std::shared_ptr<LinearAdapter> LinearSlotImpl::adapter(const std::string& name) const {
+  for (const auto& entry : adapters_)
+    if (entry.name == name) return entry.adapter;
+  return nullptr;
+}
+
+std::vector<std::string> LinearSlotImpl::adapter_names() const {
+  std::vector<std::string> names;
+  for (const auto& entry : adapters_) names.push_back(entry.name);
+  return names;
+}
+
+void LinearSlotImpl::set_active(const std::vector<std::string>& names) {
+  active_.clear();
+  for (const auto& name : names)
+    if (adapter(name)) active_.push_back(name);
+}
+
+void LinearSlotImpl::merge(const std::vector<std::string>& names) {
+  if (!merged_.empty())
+    throw Error("merge", fmt::format("{} is merged already: unmerge first", join(merged_)));
+  std::vector<const LinearAdapter*> folded;
+  for (const auto& name : names)
+    if (const auto found = adapter(name)) folded.push_back(found.get());
+  if (folded.empty()) return;
+
+  at::NoGradGuard no_grad;
+  const auto dtype = weight_.dtype();
+  auto merged = at::empty({weight_.out, weight_.in}, at::TensorOptions().dtype(dtype));
+  const int64_t step = std::max<int64_t>(1, kMergePanelElements / weight_.in);
+  for (int64_t begin = 0; begin < weight_.out; begin += step) {
+    const int64_t end = std::min(weight_.out, begin + step);
+    auto rows = weight_.rows(begin, end, at::kDouble).clone();
+    for (const auto* one : folded) rows = one->merge_rows(rows, begin);
+    const auto rounded = rows.to(dtype);
+    if (!rounded.isfinite().all().item<bool>())
+      throw Error("merge",
+                  fmt::format("rows {} to {} of the merged weight hold values that are not finite in {}",
+                              begin, end, c10::toString(dtype)));
+    merged.narrow(0, begin, end - begin).copy_(rounded);
+  }
+  at::Tensor bias = bias_;
+  for (const auto* one : folded) bias = one->merge_bias(bias);
+  if (bias.defined() && !bias.isfinite().all().item<bool>())
+    throw Error("merge", "the merged bias holds values that are not finite");
+
+  const bool transposed = weight_.format == quant::Format::dense_transposed;
+  auto weight = transposed ? quant::Weight::dense_transposed(merged.t().contiguous())
+                           : quant::Weight::dense(std::move(merged));
+  unmerged_.emplace(weight_, bias_);
+  set_weight(std::move(weight), std::move(bias));
+  merged_ = names;
+}
+
+void LinearSlotImpl::unmerge() {
+  if (!unmerged_) return;
+  auto [weight, bias] = std::move(*unmerged_);
+  unmerged_.reset();
+  merged_.clear();
+  set_weight(std::move(weight), std::move(bias));
+}
+
+void LinearSlotImpl::forget_base() {
+  unmerged_.reset();
+  for (const auto& name : std::exchange(merged_, {}))
+    if (adapter(name)) detach(name);
+}
+
+void LinearSlotImpl::set_weight(quant::Weight weight, at::Tensor bias) {
+  auto& own = parameters_;
+  for (size_t i = 0; i < weight_.parts.size(); ++i)
+    own.erase(i == 0 ? std::string("weight") : fmt::format("weight_{}", i));
+  if (own.contains("bias")) own.erase("bias");
+  for (size_t i = 0; i < weight.parts.size(); ++i)
+    register_parameter(i == 0 ? std::string("weight") : fmt::format("weight_{}", i),
+                       weight.parts[i], false);
+  if (bias.defined()) register_parameter("bias", bias, false);
+  weight_ = std::move(weight);
+  bias_ = std::move(bias);
+}
+
+EmbeddingSlotImpl::EmbeddingSlotImpl(quant::Weight weight) {
+  for (size_t i = 0; i < weight.parts.size(); ++i)
+    register_parameter(i == 0 ? std::string("weight") : fmt::format("weight_{}", i),
+                       weight.parts[i], /*requires_grad=*/false);
+  weight_ = std::move(weight);
+}
+
+at::Tensor EmbeddingSlotImpl::forward(const at::Tensor& ids, at::ScalarType dtype) {
+  if (ids.numel() > 0) {
+    const auto [low, high] = at::aminmax(ids);
+    const auto smallest = low.item<int64_t>(), largest = high.item<int64_t>();
+    if (smallest < 0 || largest >= weight_.out)
+      throw Error("embedding", fmt::format("token id {} is outside the vocabulary of {} tokens",
+                                           smallest < 0 ? smallest : largest, weight_.out));
+  }
+  return weight_.gather(ids, dtype);
+}
+
+}  // namespace budwood

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+/// Frozen weights: what a base model looks like when it is used, not trained.
+///
+/// Conventions of the whole library: a linear weight W is [out, in], row-major, and y = x Wᵀ + b.
+/// x is [..., in]. Results have the dtype of x; a weight stored in another dtype is converted panel
+/// by panel, never as a whole.
+namespace budwood::quant {
+
+/// How the parts of a weight are to be read. The numbers are part of the operators' schema.
+enum class Format : int64_t {
+  dense = 0,             ///< parts = {W [out, in]}, fp32, bf16, fp16 or fp64
+  dense_transposed = 1,  ///< parts = {Wᵀ [in, out]}, the storage of transformers' Conv1D
+};
+
+/// One frozen matrix, flat, as it travels through operators. Cheap to copy: tensors are shared.
+struct Weight {
+  std::vector<at::Tensor> parts;
+  Format format = Format::dense;
+  int64_t out = 0;
+  int64_t in = 0;
+
+  /// W as a plain matrix [out, in].
+  static Weight dense(at::Tensor w);
+  /// W held as its transpose [in, out].
+  static Weight dense_transposed(at::Tensor w);
+  /// From an operator's arguments; throws when parts, format and shape do not fit each other.
+  static Weight from_parts(std::vector<at::Tensor> parts, int64_t format, int64_t out, int64_t in);
+
+  /// x Wᵀ: [..., in] -> [..., out].
+  at::Tensor linear(const at::Tensor& x) const;
+  /// dY W: [..., out] -> [..., in]; the gradient of linear with respect to x.
+  at::Tensor backward_input(const at::Tensor& grad) const;
+  /// Gradient with respect to W [out, in]; only for forms that can be trained (dense ones).
+  at::Tensor backward_weight(const at::Tensor& grad, const at::Tensor& x) const;
+  /// Rows [begin, end) as [end - begin, in] in the given dtype; may share storage with the weight.
+  at::Tensor rows(int64_t begin, int64_t end, at::ScalarType dtype) const;
+  /// Rows chosen by ids (int64, any shape): [..., in]. What an embedding table does.
+  at::Tensor gather(const at::Tensor& ids, at::ScalarType dtype) const;
+
+  /// dtype of the values the weight stands for.
+  at::ScalarType dtype() const;
+  /// Bytes of all parts.
+  int64_t bytes() const;
+};
+
+/// The arithmetic of one Format. Stateless; one instance per format, added by register_form.
+class WeightForm {
+ public:
+  virtual ~WeightForm() = default;
+  virtual std::string name() const = 0;
+  virtual void check(const Weight& w) const = 0;
+  virtual at::Tensor linear(const Weight& w, const at::Tensor& x) const = 0;
+  virtual at::Tensor backward_input(const Weight& w, const at::Tensor& grad) const = 0;
+  virtual at::Tensor backward_weight(const Weight& w, const at::Tensor& grad,
+                                     const at::Tensor& x) const;
+  virtual at::Tensor rows(const Weight& w, int64_t begin, int64_t end,
+                          at::ScalarType dtype) const = 0;
+  virtual at::Tensor gather(const Weight& w, const at::Tensor& ids, at::ScalarType dtype) const;
+  virtual at::ScalarType dtype(const Weight& w) const = 0;
+};
+
+/// Adds a form; called from a static object in the form's own source file.
+bool register_form(Format format, std::unique_ptr<WeightForm> form);
+
+/// The form of a format; throws Error for a number nobody registered.
+const WeightForm& form_of(Format format);
+
+}  // namespace budwood::quant
