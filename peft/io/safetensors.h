@@ -68,8 +68,12 @@ struct TensorSpec {
   uint64_t bytes() const;
 };
 
+/// Tensors in the order in which the reference writer lays them out: by dtype, then by name. Throws
+/// for empty and repeated names.
+std::vector<TensorSpec> in_reference_order(std::vector<TensorSpec> tensors);
+
 /// Writes a file with the header known from the start, so that data need not be held. The bytes
-/// are those of the reference writer (tensors by dtype, then name), metadata sorted by key.
+/// are those of the reference writer, metadata sorted by key.
 class SafetensorsWriter {
  public:
   SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> tensors,
@@ -79,6 +83,8 @@ class SafetensorsWriter {
   const std::vector<TensorSpec>& order() const { return order_; }
   /// The next bytes of the tensor whose turn it is: all of them, or piece by piece.
   void write(std::string_view name, const void* data, size_t bytes);
+  /// Whether every tensor has all its bytes.
+  bool complete() const { return next_ == order_.size(); }
   /// Throws when data is missing; else the file appears at its path.
   void commit();
 

@@ -24,20 +24,6 @@ std::string shape_json(const std::vector<int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ","));
 }
 
-std::vector<TensorSpec> in_reference_order(std::vector<TensorSpec> tensors) {
-  std::sort(tensors.begin(), tensors.end(), [](const TensorSpec& a, const TensorSpec& b) {
-    return a.dtype != b.dtype ? a.dtype < b.dtype : a.name < b.name;
-  });
-  std::unordered_set<std::string_view> names;
-  for (const auto& t : tensors) {
-    if (t.name.empty() || t.name == "__metadata__")
-      throw Error(kWhere, fmt::format("{} cannot name a tensor", in_quotes(t.name)));
-    if (!names.insert(t.name).second)
-      throw Error(kWhere, fmt::format("two tensors are called {}", in_quotes(t.name)));
-  }
-  return tensors;
-}
-
 // The length and the JSON, padded so that the data begins at a multiple of 8.
 std::string header(const std::vector<TensorSpec>& order, const Metadata& metadata) {
   std::string text = "{";
@@ -71,6 +57,20 @@ std::string header(const std::vector<TensorSpec>& order, const Metadata& metadat
 }
 
 }  // namespace
+
+std::vector<TensorSpec> in_reference_order(std::vector<TensorSpec> tensors) {
+  std::sort(tensors.begin(), tensors.end(), [](const TensorSpec& a, const TensorSpec& b) {
+    return a.dtype != b.dtype ? a.dtype < b.dtype : a.name < b.name;
+  });
+  std::unordered_set<std::string_view> names;
+  for (const auto& t : tensors) {
+    if (t.name.empty() || t.name == "__metadata__")
+      throw Error(kWhere, fmt::format("{} cannot name a tensor", in_quotes(t.name)));
+    if (!names.insert(t.name).second)
+      throw Error(kWhere, fmt::format("two tensors are called {}", in_quotes(t.name)));
+  }
+  return tensors;
+}
 
 uint64_t TensorSpec::bytes() const {
   const auto count = element_count(shape);
