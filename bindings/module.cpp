@@ -1,2 +1,48 @@
-#include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, m) {}
+#include <torch/csrc/utils/pybind.h>
+
+#include <budwood/quant/error.h>
+#include <budwood/quant/ops.h>
+#include <budwood/version.h>
+
+namespace py = pybind11;
+
+void bind_config(py::module_& m);
+void bind_targets(py::module_& m);
+void bind_files(py::module_& m);
+void bind_models(py::module_& m);
+void bind_inject(py::module_& m);
+void bind_train(py::module_& m);
+
+namespace {
+
+// One class that callers of either habit catch: HF PEFT raises ValueError, LibTorch RuntimeError.
+void bind_error(py::module_& m) {
+  const auto bases = py::make_tuple(py::handle(PyExc_ValueError), py::handle(PyExc_RuntimeError));
+  static py::object error = py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(
+      "budwood.Error",
+      "Every failure Budwood reports: what refused, the value found and the value wanted.",
+      bases.ptr(), nullptr));
+  m.attr("Error") = error;
+  py::register_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const budwood::Error& e) {
+      PyErr_SetString(error.ptr(), e.what());
+    }
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  budwood::quant::link_operators();
+  m.attr("__version__") = BUDWOOD_VERSION;
+  m.attr("built_with_torch") = BUDWOOD_BUILT_WITH_TORCH;
+  bind_error(m);
+  bind_config(m);
+  bind_targets(m);
+  bind_files(m);
+  bind_models(m);
+  bind_inject(m);
+  bind_train(m);
+}

@@ -26,6 +26,8 @@ class Adapter : public torch::nn::Module {
   const std::shared_ptr<const AdapterConfig>& config() const { return config_; }
   /// Tensors to save, in file order. Writing into them changes the adapter.
   virtual AdapterState state() const = 0;
+  /// Which biases of the base are trained along: "none", "all", or "lora_only" (the slot's own).
+  virtual std::string trained_bias() const { return "none"; }
 
  private:
   std::shared_ptr<const AdapterConfig> config_;

@@ -59,6 +59,9 @@ class DisableAdapters {
   torch::nn::Module& model_;
 };
 
+/// Switches all adapters of a model off or on again; see DisableAdapters for a scope.
+void set_adapters_enabled(torch::nn::Module& model, bool enabled);
+
 /// Trainable parameters by path, in a fixed order; what an optimiser takes.
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(torch::nn::Module& model);
 

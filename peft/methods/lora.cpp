@@ -69,6 +69,10 @@ AdapterState Lora::state() const {
   return tensors;
 }
 
+std::string Lora::trained_bias() const {
+  return static_cast<const LoraConfig&>(*config()).bias;
+}
+
 namespace {
 
 const bool registered = register_method(

@@ -24,6 +24,7 @@ class Lora final : public LinearAdapter {
   at::Tensor merge_rows(const at::Tensor& rows, int64_t begin) const override;
   at::Tensor merge_bias(const at::Tensor& bias) const override;
   AdapterState state() const override;
+  std::string trained_bias() const override;
 
   int64_t rank() const { return lora_a_.size(0); }
   double scaling() const { return scaling_; }

@@ -1,0 +1,37 @@
+#pragma once
+
+#include <budwood/peft/io/gguf.h>
+#include <budwood/peft/models/config.h>
+#include <budwood/peft/models/weight_source.h>
+#include <set>
+
+namespace budwood::models {
+
+/// Weights of a GGUF file under transformers' names. Quantised blocks are decoded to `dtype`;
+/// the rows of q and k of architecture "llama" are put back into transformers' rotary order.
+class GgufSource final : public WeightSource {
+ public:
+  GgufSource(const std::string& path, at::ScalarType dtype);
+
+  /// The configuration that the file's metadata describe.
+  const ModelConfig& config() const { return config_; }
+
+  bool has(const std::string& name) const override;
+  quant::Weight matrix(const std::string& name, int64_t out, int64_t in) override;
+  at::Tensor vector(const std::string& name, int64_t size) override;
+  at::ScalarType dtype() const override { return dtype_; }
+  std::vector<std::string> unused() const override;
+
+ private:
+  at::Tensor read(const std::string& name, at::IntArrayRef shape);
+
+  io::GgufFile file_;
+  ModelConfig config_;
+  at::ScalarType dtype_;
+  std::set<std::string> used_;
+};
+
+/// "model.layers.3.mlp.up_proj.weight" -> "blk.3.ffn_up.weight"; throws for a name GGUF has not.
+std::string gguf_name(const std::string& name);
+
+}  // namespace budwood::models
