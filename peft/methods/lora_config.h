@@ -1,0 +1,77 @@
+#pragma once
+
+#include <budwood/peft/config.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+namespace budwood {
+
+/// LoRA (arXiv 2106.09685) and what HF PEFT keeps under the same name. An option that is not
+/// available in this version can be written down, but validate() refuses every value that would
+/// use it.
+struct LoraConfig : AdapterConfig {
+  LoraConfig() : LoraConfig("LORA") {}
+
+  int64_t r = 8;
+  double lora_alpha = 8;
+  bool use_rslora = false;  ///< s = alpha / sqrt(r), arXiv 2312.03732
+  double lora_dropout = 0.0;
+  std::string bias = "none";    ///< "none", "all" or "lora_only": base biases that are trained too
+  bool lora_bias = false;       ///< B has a bias
+  bool fan_in_fan_out = false;  ///< the base stores [in, out]
+  /// true, false (B is random: only for tests) or "gaussian"
+  std::variant<bool, std::string> init_lora_weights = true;
+
+  Names target_modules;  ///< "all-linear", a regex, names, or nothing: the model's default
+  Names exclude_modules;
+  Layers layers_to_transform;
+  Names layers_pattern;
+  PatternMap<int64_t> rank_pattern;  ///< r by pattern of the module path
+  PatternMap<double> alpha_pattern;  ///< lora_alpha by pattern
+
+  // Not available in this version.
+  bool use_dora = false;
+  bool use_qalora = false;
+  int64_t qalora_group_size = 16;
+  std::optional<std::vector<std::string>> target_parameters;
+  TokenIndices trainable_token_indices;
+  LayerRanges layer_replication;
+  std::optional<std::vector<int64_t>> alora_invocation_tokens;
+  bool ensure_weight_tying = false;
+  RawJson use_bdlora, arrow_config, kasa_config, velora_config, monteclora_config;
+
+  // Settings of initialisations and of Megatron: kept, without effect.
+  RawJson loftq_config{"{}"}, eva_config, corda_config, lora_ga_config, megatron_config;
+  std::optional<std::string> megatron_core = "megatron.core";
+
+  /// The rank at a module path: the first pattern k for which (.*\.)?(k)$ matches, else r.
+  int64_t rank(std::string_view path) const;
+  /// Likewise lora_alpha.
+  double alpha(std::string_view path) const;
+  /// alpha / rank, or alpha / sqrt(rank) with use_rslora.
+  double scaling(std::string_view path) const;
+  bool gaussian_init() const;
+  /// Whether a fresh adapter leaves the model as it is.
+  bool identity_init() const;
+
+  /// PEFT's format sorts the patterns, so overlapping ones may resolve otherwise once saved. If
+  /// they would for one of these paths, replaces them by one entry for each path that a pattern
+  /// matches.
+  void pin_patterns(const std::vector<std::string>& paths);
+
+  void validate(Strictness strictness = Strictness::strict) const override;
+  std::shared_ptr<AdapterConfig> clone() const override;
+  std::optional<TargetRules> target_rules() const override;
+  std::vector<ConfigField> fields() override;
+
+ protected:
+  explicit LoraConfig(std::string peft_type) : AdapterConfig(std::move(peft_type)) {}
+};
+
+}  // namespace budwood
