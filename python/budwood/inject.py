@@ -1,0 +1,203 @@
+"""Attaching adapters to the modules of any torch model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .biases import TrainedBiases
+from .config import TASK_HEADS, LoraConfig, as_lora_config, check_adapter_name
+from .errors import Error
+from .saved_modules import SavedModule
+from .slots import LinearSlot, Slot
+from .switches import adapters_of, biases_of, replace, set_adapter, set_biases, slots
+from .targets import Target, match_targets
+from .weights import is_conv1d, is_linear
+
+
+@dataclass
+class Injected:
+    """One place that an injection touched."""
+
+    path: str
+    kind: str  #: "lora", "copy" (modules_to_save) or "bias"
+    rank: int
+    parameters: int  #: trainable numbers here
+
+
+@dataclass
+class InjectReport:
+    """What an injection did: every path touched, and the counts of the whole model afterwards."""
+
+    places: list[Injected] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    trainable: int = 0
+    total: int = 0
+
+    def add(self, path: str, kind: str, rank: int, parameters: Iterable[torch.Tensor]) -> None:
+        self.places.append(Injected(path, kind, rank, sum(p.numel() for p in parameters)))
+
+    def __str__(self) -> str:
+        lines = [f"{p.path}  {p.kind}  r={p.rank}  {p.parameters:,d}" for p in self.places]
+        return "\n".join([*lines, f"trainable {self.trainable:,d} of {self.total:,d}"])
+
+
+def inject(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    loading: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> InjectReport:
+    """Attaches a new adapter to the modules that a config targets.
+
+    The first adapter of a model freezes the model and becomes active; a later one is attached
+    inactive and frozen. When anything is refused, the model is as it was. With `loading`, a pattern
+    without a hit is a warning instead of an error.
+    """
+    check_adapter_name(adapter_name)
+    if adapter_name in adapters_of(model):
+        raise Error(f"[inject] an adapter named {adapter_name!r} is already attached")
+    first = not any(True for _ in slots(model))
+    report = InjectReport()
+    targets = match_targets(config, model, strict=not loading, notes=report.warnings)
+    layers = _target_layers(model, targets)
+    copies = _modules_to_copy(model, config, targets, loading, report)
+    _check_biases(model, config, adapter_name)
+
+    if first:
+        model.requires_grad_(False)
+    for target, layer in zip(targets, layers, strict=True):
+        slot = layer
+        if not isinstance(layer, LinearSlot):
+            slot = LinearSlot(layer).train(layer.training)
+            replace(model, layer, slot)
+        slot.attach(
+            adapter_name,
+            r=target.r,
+            lora_alpha=target.lora_alpha,
+            scaling=target.scaling,
+            dropout=config.lora_dropout,
+            init=config.init_lora_weights,
+            lora_bias=config.lora_bias,
+            keep_dtype=not autocast_adapter_dtype,
+        )
+        report.add(target.path, "lora", target.r, slot.adapter_parameters(adapter_name))
+    for path in copies:
+        slot = module = model.get_submodule(path)
+        if not isinstance(module, SavedModule):
+            slot = SavedModule(module).train(module.training)
+            replace(model, module, slot)
+        slot.attach(adapter_name)
+        report.add(path, "copy", 0, slot.adapter_parameters(adapter_name))
+    if config.bias != "none":
+        biases = TrainedBiases(model, adapter_name, config.bias)
+        set_biases(model, biases)
+        biases.set_active(model, first, first)
+        for path, value in biases.values(model).items():
+            report.add(path, "bias", 0, [value])
+    if first:
+        set_adapter(model, [adapter_name], trainable=not config.inference_mode)
+    report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    report.total = sum(p.numel() for p in model.parameters())
+    for note in report.warnings:
+        warnings.warn(note, stacklevel=3)
+    return report
+
+
+def inject_adapter_in_model(
+    peft_config: LoraConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+) -> nn.Module:
+    """Attaches an adapter to a model in place and returns the same model, without a wrapper.
+
+    The configs stand in `model.peft_config` by name; the modules keep their paths, so the
+    parameters have no `base_model.model.` prefix.
+    """
+    config = as_lora_config(peft_config)
+    inject(model, config, adapter_name)
+    record_config(model, adapter_name, config)
+    return model
+
+
+def record_config(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """Keeps a copy of a config in `model.peft_config`, with what only the model knows filled in."""
+    config = config.copy()
+    for _, slot in slots(model):
+        if isinstance(slot, LinearSlot) and adapter_name in slot.lora_A:
+            config.fan_in_fan_out = is_conv1d(slot.base_layer)
+            break
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    model.__dict__.setdefault("peft_config", {})[adapter_name] = config
+
+
+def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of a model as it was before any slot; a slot stands for what it wraps."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path and not path.startswith(inside):
+            if isinstance(module, Slot):
+                inside = (*inside, path + ".")
+            yield path, module
+
+
+def _target_layers(model: nn.Module, targets: list[Target]) -> list[nn.Module]:
+    layers = [model.get_submodule(t.path) for t in targets]
+    wrong = []
+    for target, layer in zip(targets, layers, strict=True):
+        base = layer.base_layer if isinstance(layer, LinearSlot) else layer
+        if not is_linear(base):
+            wrong.append(f"{target.path} ({type(base).__module__}.{type(base).__qualname__})")
+    if wrong:
+        raise Error(
+            "[inject] LoRA attaches to torch.nn.Linear and transformers' Conv1D with floating "
+            f"point weights, but target_modules also matches: {', '.join(wrong)}"
+        )
+    return layers
+
+
+def _modules_to_copy(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: list[Target],
+    loading: bool,
+    report: InjectReport,
+) -> list[str]:
+    paths: list[str] = []
+    wanted = list(dict.fromkeys(config.modules_to_save or ()))
+    for path, _ in adaptable_modules(model):
+        inside = any(path.startswith(outer + ".") for outer in paths)
+        if not inside and any(path == m or path.endswith("." + m) for m in wanted):
+            paths.append(path)
+    for name in wanted:
+        # Heads that a task type adds to the list are there in some models only.
+        if name in TASK_HEADS or any(p == name or p.endswith("." + name) for p in paths):
+            continue
+        fact = f"modules_to_save entry {name!r} matches no module of the model"
+        if not loading:
+            raise Error(f"[inject] {fact}")
+        report.warnings.append(fact)
+    for path in paths:
+        for target in targets:
+            if target.path == path or target.path.startswith(path + "."):
+                raise Error(
+                    f"[inject] {target.path} is in target_modules, and {path} in modules_to_save"
+                )
+    return paths
+
+
+def _check_biases(model: nn.Module, config: LoraConfig, name: str) -> None:
+    biases = biases_of(model)
+    if biases is not None and config.bias != "none":
+        raise Error(
+            f"[inject] adapter {biases.adapter!r} trains base biases already, and one adapter of a "
+            f"model can: give {name!r} bias='none'"
+        )

@@ -1,0 +1,280 @@
+"""Slots: the modules of a model where adapters attach.
+
+A slot wraps one linear layer, keeps it as `base_layer`, and holds any number of named LoRA
+adapters (arXiv 2106.09685): y = x Wᵀ + b + Σ s (D(x) Aᵀ) Bᵀ, A [r, in], B [out, r]. Parameter
+names are those of HF PEFT (`base_layer.weight`, `lora_A.<name>.weight`, `lora_B.<name>.weight`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import Error
+from .weights import DENSE_TRANSPOSED, is_called_plainly, storage_of, weight_parts
+
+
+class Slot(nn.Module):
+    """What all slots share: named adapters, of which some are active, and a switch for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active_adapters: list[str] = []
+        self.adapters_enabled = True
+
+    def adapter_names(self) -> list[str]:
+        """Names of the attached adapters, in order of attachment."""
+        raise NotImplementedError
+
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        """Trainable tensors of one adapter."""
+        raise NotImplementedError
+
+    def detach(self, name: str) -> None:
+        """Removes one adapter."""
+        raise NotImplementedError
+
+    def set_adapter(self, names: list[str], trainable: bool = True) -> None:
+        """Makes exactly these adapters active and, of all adapters, only them trainable."""
+        self.active_adapters = [name for name in names if name in self.adapter_names()]
+        for name in self.adapter_names():
+            wanted = trainable and name in self.active_adapters
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(wanted)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """With False, forward is the bare base, bit for bit."""
+        self.adapters_enabled = enabled
+
+
+class LinearSlot(Slot):
+    """A torch.nn.Linear or transformers Conv1D with LoRA adapters.
+
+    x [..., in] -> y [..., out] in the dtype of the base layer's result. Adapters are fp32 on a 16
+    bit base; x is cast to their dtype and the result back.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        _, _, (self.out_features, self.in_features) = weight_parts(base_layer)
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        # The parameters that stood in base_layer before a merge; a tuple, so that it is no child.
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self._merge_again: list[str] = []
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def is_merged(self, name: str) -> bool:
+        """Whether the base holds an adapter, or will again when adapters are enabled."""
+        return name in self.merged_adapters or name in self._merge_again
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def adapter_names(self) -> list[str]:
+        return list(self.lora_A)
+
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        yield from self.lora_A[name].parameters()
+        yield from self.lora_B[name].parameters()
+
+    def attach(
+        self,
+        name: str,
+        r: int,
+        lora_alpha: float,
+        scaling: float,
+        dropout: float = 0.0,
+        init: bool | str = True,
+        lora_bias: bool = False,
+        keep_dtype: bool = False,
+    ) -> None:
+        """Adds an adapter, not yet active. `init` is True, False or "gaussian", as in HF PEFT.
+
+        With `keep_dtype` the adapter has the dtype of a 16 bit base instead of fp32.
+        """
+        if name in self.lora_A:
+            raise Error(f"[attach] an adapter named {name!r} is already attached")
+        if r < 1:
+            raise Error(f"[attach] the rank is a positive integer, found {r}")
+        # The same modules in the same order as HF PEFT, so that one seed gives one adapter.
+        a = nn.Linear(self.in_features, r, bias=False)
+        b = nn.Linear(r, self.out_features, bias=lora_bias)
+        if init:
+            if init == "gaussian":
+                nn.init.normal_(a.weight, std=1 / r)
+            elif init is True:
+                nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+            else:
+                raise Error(f"[attach] the initialisation {init!r} is not implemented")
+            for parameter in b.parameters():
+                nn.init.zeros_(parameter)
+        device, dtype = storage_of(self.base_layer)
+        for part in (a, b):
+            # HF PEFT's start values pass through the base's dtype; training is in fp32 all the
+            # same.
+            part.to(device=device, dtype=dtype)
+            if dtype in (torch.float16, torch.bfloat16) and not keep_dtype:
+                part.float()
+            part.requires_grad_(False)
+        self.lora_A[name], self.lora_B[name] = a, b
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
+        self.lora_dropout[name].train(self.training)
+
+    def detach(self, name: str) -> None:
+        if self.is_merged(name):
+            raise Error(f"[detach] adapter {name!r} is merged into the base: unmerge it first")
+        for held in (self.lora_A, self.lora_B, self.lora_dropout):
+            del held[name]
+        for values in (self.r, self.lora_alpha, self.scaling):
+            del values[name]
+        self.active_adapters = [other for other in self.active_adapters if other != name]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        running = [n for n in self.active_adapters if n not in self.merged_adapters]
+        if not self.adapters_enabled or not running:
+            return self.base_layer(x, *args, **kwargs)
+        plain = not args and not kwargs and is_called_plainly(self.base_layer)
+        if len(running) == 1 and plain and self._is_one_product(running[0]):
+            return self._forward_fused(x, running[0])
+        if plain:
+            parts, form, shape = weight_parts(self.base_layer)
+            y = torch.ops.budwood.linear(x, parts, form, shape, self.base_layer.bias)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        dtype = y.dtype
+        for name in running:
+            a, b = self.lora_A[name], self.lora_B[name]
+            u = a(self.lora_dropout[name](x.to(a.weight.dtype)))
+            y = y + b(u) * self.scaling[name]
+        return y.to(dtype)
+
+    def _is_one_product(self, name: str) -> bool:
+        dropout = self.lora_dropout[name]
+        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        return not drops and not self.base_layer.weight.requires_grad
+
+    def _forward_fused(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        parts, form, shape = weight_parts(self.base_layer)
+        a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        bias = self.base_layer.bias
+        if b.bias is not None:
+            bias = b.bias * scaling if bias is None else bias + b.bias * scaling
+        return torch.ops.budwood.lora_linear(
+            x, parts, form, shape, bias, a.weight, b.weight, scaling
+        )
+
+    @torch.no_grad()
+    def delta(self, name: str) -> torch.Tensor:
+        """s B A of one adapter in fp64, [out, in]."""
+        a, b = self.lora_A[name].weight.double(), self.lora_B[name].weight.double()
+        return self.scaling[name] * (b @ a)
+
+    @torch.no_grad()
+    def merge(self, names: list[str] | None = None) -> None:
+        """Folds adapters into a new weight: products and sum in fp64, one rounding at the end.
+
+        The old parameters are kept, so unmerge is exact. Raises, and changes nothing, when the
+        result is not finite.
+        """
+        names = self.active_adapters if names is None else names
+        added = [n for n in names if n in self.lora_A and n not in self.merged_adapters]
+        if not added:
+            return
+        old_weight, old_bias = self._unmerged or (self.base_layer.weight, self.base_layer.bias)
+        merged = [*self.merged_adapters, *added]
+        weight, bias = self._folded(old_weight, old_bias, merged)
+        for what, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise Error(
+                    f"[merge] the {what} with {merged} folded in is not finite in "
+                    f"{tensor.dtype}; nothing was changed"
+                )
+        self._unmerged = (old_weight, old_bias)
+        self.merged_adapters = merged
+        # New parameters instead of new data: a tied embedding keeps the old ones.
+        self.base_layer.weight = nn.Parameter(weight, requires_grad=old_weight.requires_grad)
+        if bias is not None:
+            self.base_layer.bias = nn.Parameter(bias, requires_grad=old_bias.requires_grad)
+
+    def _folded(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        transposed = weight_parts(self.base_layer)[1] == DENSE_TRANSPOSED
+        folded = torch.empty_like(weight)
+        source, target = (weight.t(), folded.t()) if transposed else (weight, folded)
+        step = max(1, (1 << 22) // self.in_features)
+        for begin in range(0, self.out_features, step):
+            rows = source[begin : begin + step].double()
+            for name in names:
+                a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                rows += self.scaling[name] * (b[begin : begin + step].double() @ a.double())
+            target[begin : begin + step] = rows
+        with_bias = [n for n in names if self.lora_B[n].bias is not None]
+        if not with_bias:
+            return folded, None
+        if bias is None:
+            raise Error(
+                f"[merge] adapter {with_bias[0]!r} has a bias (lora_bias=True), but the base layer "
+                "has none to fold it into"
+            )
+        total = bias.double()
+        for name in with_bias:
+            total = total + self.scaling[name] * self.lora_B[name].bias.double()
+        return folded, total.to(bias.dtype)
+
+    def unmerge(self) -> None:
+        """Restores the base bit for bit."""
+        self._merge_again = []
+        if self._unmerged is None:
+            return
+        self.base_layer.weight, bias = self._unmerged
+        if bias is not None:
+            self.base_layer.bias = bias
+        self._unmerged, self.merged_adapters = None, []
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged_adapters:
+            merged = self.merged_adapters
+            self.unmerge()
+            self._merge_again = merged
+        elif enabled and self._merge_again:
+            names, self._merge_again = self._merge_again, []
+            self.merge(names)
+        self.adapters_enabled = enabled
+
+    def base_before_merge(self) -> nn.Parameter | None:
+        """The base weight that a merge has set aside."""
+        return None if self._unmerged is None else self._unmerged[0]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LinearSlot:
+        super()._apply(fn, recurse)
+        for parameter in self._unmerged or ():
+            if parameter is not None:
+                parameter.data = fn(parameter.data)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, active={self.active_adapters}, merged={self.merged_adapters}"
