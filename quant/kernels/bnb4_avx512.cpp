@@ -1,0 +1,82 @@
+#include <budwood/quant/kernels/bnb4_paths.h>
+#include <budwood/quant/kernels/vectors_avx512.h>
+
+namespace budwood::quant::kernels {
+namespace {
+
+/// n elements of one block from position begin.
+void decode_run(const float* entries, __m512 table, const uint8_t* codes, int64_t begin, int64_t n,
+                float scale, float* dst) {
+  codes += begin / 2;
+  if ((begin & 1) != 0 && n > 0) {
+    *dst++ = entries[*codes++ & 15] * scale;
+    --n;
+  }
+  const __m512 scales = _mm512_set1_ps(scale);
+  for (; n > 0; n -= 32, codes += 16, dst += 32) {
+    const int64_t here = n < 32 ? n : 32;
+    const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes((here + 1) / 2), codes);
+    const __m128i high = high_nibbles(bytes);
+    const __m128i low = low_nibbles(bytes);
+    const __m512i first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low));
+    const __m512i second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low));
+    const __mmask16 lanes = first_lanes(here < 16 ? here : 16);
+    const __mmask16 more = first_lanes(here < 16 ? 0 : here - 16);
+    _mm512_mask_storeu_ps(dst, lanes, _mm512_mul_ps(_mm512_permutexvar_ps(first, table), scales));
+    _mm512_mask_storeu_ps(dst + 16, more,
+                          _mm512_mul_ps(_mm512_permutexvar_ps(second, table), scales));
+  }
+}
+
+void decode(const float* entries, const uint8_t* codes, const float* absmax, int64_t block_size,
+            int64_t begin, int64_t n, float* dst) {
+  const __m512 table = _mm512_loadu_ps(entries);
+  while (n > 0) {
+    const int64_t left = block_size - begin % block_size;
+    const int64_t run = left < n ? left : n;
+    decode_run(entries, table, codes, begin, run, *absmax++, dst);
+    begin += run;
+    dst += run;
+    n -= run;
+  }
+}
+
+/// Codes of 16 values by binary search over the thresholds.
+__m512i codes_of(__m512 thresholds, __m512i order, __m512 value) {
+  const __m512 v = _mm512_max_ps(_mm512_min_ps(value, _mm512_set1_ps(1.0f)), _mm512_set1_ps(-1.0f));
+  __m512i index = _mm512_setzero_si512();
+  for (int step = 8; step > 0; step /= 2) {
+    const __m512i probe = _mm512_add_epi32(index, _mm512_set1_epi32(step - 1));
+    const __m512 threshold = _mm512_permutexvar_ps(probe, thresholds);
+    const __mmask16 above = _mm512_cmp_ps_mask(threshold, v, _CMP_LT_OQ);
+    index = _mm512_mask_add_epi32(index, above, index, _mm512_set1_epi32(step));
+  }
+  return _mm512_permutexvar_epi32(index, order);
+}
+
+bool encode(const Bnb4Encoding& encoding, const float* src, int64_t block_size, uint8_t* codes,
+            float* absmax) {
+  const int32_t bits = largest_magnitude_bits(src, block_size);
+  if (bits >= 0x7f800000) {
+    return false;
+  }
+  std::memcpy(absmax, &bits, sizeof bits);
+  const float least = 1e-38f;
+  const __m512 inverse = _mm512_set1_ps(1.0f / (*absmax > least ? *absmax : least));
+  const __m512 thresholds = _mm512_loadu_ps(encoding.thresholds);
+  const __m512i order = _mm512_loadu_si512(encoding.order);
+  for (int64_t i = 0; i < block_size; i += 16) {
+    const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(src + i), inverse);
+    const __m512i code = codes_of(thresholds, order, value);
+    // The first code of a pair goes to the high nibble.
+    const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i / 2), _mm512_cvtepi64_epi8(pairs));
+  }
+  return true;
+}
+
+}  // namespace
+
+const Bnb4Path kBnb4Avx512 = {decode, encode};
+
+}  // namespace budwood::quant::kernels

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+
+/// The versions of bnb4.h's inner loops, one per instruction set.
+namespace budwood::quant::kernels {
+
+/// How a type is encoded: index = number of thresholds below the value, code = order[index].
+struct Bnb4Encoding {
+  float thresholds[16];  ///< ascending; [15] is unused
+  int32_t order[16];
+};
+
+struct Bnb4Path {
+  /// Elements [begin, begin + n); absmax[0] belongs to the block that holds begin.
+  void (*decode)(const float* table, const uint8_t* codes, const float* absmax, int64_t block_size,
+                 int64_t begin, int64_t n, float* dst);
+  /// One full block to block_size / 2 bytes; false when it holds a NaN or an infinity.
+  bool (*encode)(const Bnb4Encoding& encoding, const float* src, int64_t block_size, uint8_t* codes,
+                 float* absmax);
+};
+
+extern const Bnb4Path kBnb4Scalar;
+extern const Bnb4Path kBnb4Avx2;
+extern const Bnb4Path kBnb4Avx512;
+
+/// The short last block: divides by absmax where a full block multiplies by its inverse.
+bool encode_bnb4_tail(const Bnb4Encoding& encoding, const float* src, int64_t n, uint8_t* codes,
+                      float* absmax);
+
+}  // namespace budwood::quant::kernels
