@@ -1,0 +1,137 @@
+#include <budwood/peft/io/text.h>
+#include <budwood/peft/json.h>
+#include <budwood/peft/train/options.h>
+#include <budwood/peft/train/sampler.h>
+#include <budwood/quant/error.h>
+#include <fmt/format.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <set>
+
+namespace budwood::train {
+namespace {
+
+constexpr const char* kWhere = "TrainOptions";
+
+[[noreturn]] void fail(const char* field, const std::string& value, const char* wanted) {
+  throw Error(kWhere, fmt::format("{} is {}, wanted {}", field, value, wanted));
+}
+
+void at_least(const char* field, int64_t value, int64_t least) {
+  if (value < least)
+    throw Error(kWhere, fmt::format("{} is {}, wanted at least {}", field, value, least));
+}
+
+void in_range(const char* field, double value, bool holds, const char* wanted) {
+  if (!holds || !std::isfinite(value)) fail(field, fmt::format("{}", value), wanted);
+}
+
+}  // namespace
+
+std::vector<ConfigField> TrainOptions::fields() {
+  return {bind_field("steps", steps),
+          bind_field("epochs", epochs),
+          bind_field("batch_size", batch_size),
+          bind_field("grad_accumulation", grad_accumulation),
+          bind_field("sequence_length", sequence_length),
+          bind_field("packing", packing),
+          bind_field("long_rows", long_rows),
+          bind_field("shuffle", shuffle),
+          bind_field("learning_rate", learning_rate),
+          bind_field("weight_decay", weight_decay),
+          bind_field("beta1", beta1),
+          bind_field("beta2", beta2),
+          bind_field("eps", eps),
+          bind_field("schedule", schedule),
+          bind_field("warmup_steps", warmup_steps),
+          bind_field("warmup_ratio", warmup_ratio),
+          bind_field("min_learning_rate_ratio", min_learning_rate_ratio),
+          bind_field("max_grad_norm", max_grad_norm),
+          bind_field("seed", seed),
+          bind_field("eval_every", eval_every),
+          bind_field("eval_batches", eval_batches),
+          bind_field("save_every", save_every),
+          bind_field("keep_last", keep_last),
+          bind_field("log_every", log_every),
+          bind_field("output", output),
+          bind_field("resume", resume),
+          bind_field("overwrite", overwrite),
+          bind_field("adapter", adapter)};
+}
+
+void TrainOptions::validate() const {
+  at_least("steps", steps, 0);
+  if (steps == 0) in_range("epochs", epochs, epochs > 0, "more than 0, or steps to be set");
+  at_least("grad_accumulation", grad_accumulation, 1);
+  SampleOptions{sequence_length, batch_size, packing, long_rows}.validate();
+  in_range("learning_rate", learning_rate, learning_rate > 0, "more than 0");
+  in_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0");
+  in_range("beta1", beta1, beta1 >= 0 && beta1 < 1, "at least 0 and below 1");
+  in_range("beta2", beta2, beta2 >= 0 && beta2 < 1, "at least 0 and below 1");
+  in_range("eps", eps, eps > 0, "more than 0");
+  if (schedule != "constant" && schedule != "linear" && schedule != "cosine")
+    fail("schedule", io::in_quotes(schedule), "'constant', 'linear' or 'cosine'");
+  at_least("warmup_steps", warmup_steps, 0);
+  in_range("warmup_ratio", warmup_ratio, warmup_ratio >= 0 && warmup_ratio <= 1, "0 to 1");
+  in_range("min_learning_rate_ratio", min_learning_rate_ratio,
+           min_learning_rate_ratio >= 0 && min_learning_rate_ratio <= 1, "0 to 1");
+  in_range("max_grad_norm", max_grad_norm, max_grad_norm >= 0, "at least 0 (0 = no clipping)");
+  at_least("seed", seed, 0);
+  at_least("eval_every", eval_every, 0);
+  at_least("eval_batches", eval_batches, 0);
+  at_least("save_every", save_every, 0);
+  at_least("keep_last", keep_last, 0);
+  at_least("log_every", log_every, 1);
+  if (adapter.empty()) fail("adapter", "empty", "the name of the adapter that is trained");
+  if (output.empty() && save_every > 0)
+    fail("output", "empty", "a folder, because save_every asks for checkpoints");
+  if (output.empty() && resume == "auto")
+    fail("output", "empty", "the folder whose newest checkpoint is to be resumed");
+  if (overwrite && !resume.empty())
+    fail("overwrite", "true", "false, because resume asks to go on with what is there");
+}
+
+TrainOptions TrainOptions::from_json(std::string_view text, const std::string& source) {
+  const auto object = parse_ordered_json(text, source);
+  if (!object.is_object()) throw Error(kWhere, fmt::format("{}: wanted a JSON object", source));
+  TrainOptions options;
+  const auto fields = options.fields();
+  std::vector<std::string> known;
+  for (const auto& field : fields) known.push_back(field.name);
+  for (const auto& [key, value] : object.items()) {
+    const auto it = std::find(known.begin(), known.end(), key);
+    if (it == known.end())
+      throw Error(kWhere, fmt::format("{}: there is no option {}; the nearest is '{}'", source,
+                                      io::in_quotes(key), nearest_name(key, known)));
+    if (const char* wanted = fields[static_cast<size_t>(it - known.begin())].read(value))
+      throw Error(kWhere, fmt::format("{}: {} is {}, wanted {}", source, key, shown(value), wanted));
+  }
+  options.validate();
+  return options;
+}
+
+std::string TrainOptions::to_json() const {
+  auto copy = *this;
+  Json object = Json::object();
+  for (const auto& field : copy.fields()) object[field.name] = field.write();
+  return dump_like_python(object);
+}
+
+std::vector<std::string> TrainOptions::differences(const TrainOptions& other) const {
+  static const std::set<std::string> free = {"output",     "resume",    "overwrite",
+                                             "save_every", "keep_last", "log_every"};
+  const bool open_end = schedule == "constant" && other.schedule == "constant" &&
+                        warmup_ratio == 0 && other.warmup_ratio == 0;
+  auto a = *this, b = other;
+  const auto ours = a.fields(), theirs = b.fields();
+  std::vector<std::string> names;
+  for (size_t i = 0; i < ours.size(); ++i) {
+    const auto& name = ours[i].name;
+    if (free.contains(name) || (open_end && (name == "steps" || name == "epochs"))) continue;
+    if (ours[i].write() != theirs[i].write()) names.push_back(name);
+  }
+  return names;
+}
+
+}  // namespace budwood::train
