@@ -122,6 +122,11 @@ void LoraConfig::pin_patterns(const std::vector<std::string>& paths) {
   pin(alpha_pattern, paths);
 }
 
+void LoraConfig::resolve(const Names& resolved, const std::vector<std::string>& paths) {
+  target_modules = resolved;
+  pin_patterns(paths);
+}
+
 void LoraConfig::validate(Strictness strictness) const {
   AdapterConfig::validate(strictness);
   const auto refuse = [&](std::string_view fact) { throw Error(peft_type + " config", fact); };

@@ -65,6 +65,7 @@ struct LoraConfig : AdapterConfig {
   /// matches.
   void pin_patterns(const std::vector<std::string>& paths);
 
+  void resolve(const Names& resolved, const std::vector<std::string>& paths) override;
   void validate(Strictness strictness = Strictness::strict) const override;
   std::shared_ptr<AdapterConfig> clone() const override;
   std::optional<TargetRules> target_rules() const override;
