@@ -1,0 +1,329 @@
+"""The verbs and their options. What they do stands in a module of the same name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Exit, Option
+
+# The class of all usage errors, which typer has moved between its releases.
+UsageError = typer.BadParameter.__base__
+
+app = typer.Typer(
+    name="budwood",
+    help="Fine-tune language models by training a small adapter and leaving the model frozen.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Model = Annotated[
+    str, Option("--model", "-m", metavar="PATH", help="Hugging Face folder or GGUF file.")
+]
+Tokenizer = Annotated[
+    str | None,
+    Option(
+        metavar="PATH", help="Folder or GGUF file of the tokeniser.", show_default="the model's"
+    ),
+]
+Dtype = Annotated[str, Option(metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
+Adapters = Annotated[
+    list[str] | None, Option("--adapter", "-a", metavar="PATH", help="Adapter folder.")
+]
+Json = Annotated[bool, Option("--json", help="Print the figures as one JSON object.")]
+Form = Annotated[str, Option("--format", metavar="FORM", help="auto (by suffix), text or jsonl.")]
+Bos = Annotated[
+    bool | None,
+    Option("--bos/--no-bos", help="Begin-of-sequence token.", show_default="as the tokeniser does"),
+]
+Eos = Annotated[bool, Option("--eos/--no-eos", help="End text and completions with the end token.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .version import version_lines
+
+        print("\n".join(version_lines()))
+        raise Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Versions of budwood and torch, and the instruction set in use.",
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, Option("--debug", help="Show where in the program an error arose.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["BUDWOOD_DEBUG"] = "1"
+
+
+@app.command()
+def train(
+    config: Annotated[Path, Argument(metavar="CONFIG", help="YAML or JSON file.")],
+    overrides: Annotated[
+        list[str] | None,
+        Argument(metavar="KEY=VALUE", help="Settings that replace the file's."),
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace an earlier run in the output folder.")
+    ] = False,
+    plot: Annotated[bool, Option("--plot", help="Draw the loss curve as loss.png.")] = False,
+    json: Json = False,
+) -> None:
+    """Train an adapter on text, JSON lines or a token file.
+
+    CONFIG has these settings; model, output and data.train are required:
+
+    \b
+      model, tokenizer, dtype, seed, output
+      data:     train, eval, format, sequence_length, packing, long_rows, shuffle, bos, eos
+      adapter:  method (lora), name, r, lora_alpha, target_modules, lora_dropout, ...
+      train:    steps or epochs, batch_size, grad_accumulation, learning_rate, schedule,
+                warmup_steps, eval_every, save_every, log_every, ...
+
+    \b
+    For example:
+      budwood train run.yaml adapter.r=32 train.learning_rate=1e-4
+
+    The output folder receives the adapter in HF PEFT's layout, config.yaml with the settings as
+    used, metrics.jsonl and checkpoints. Ctrl-C writes a checkpoint.
+    """
+    from . import train as verb
+
+    verb.run(config, overrides or [], resume=resume, overwrite=overwrite, plot=plot, as_json=json)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[Path, Argument(metavar="DATA", help="Text, folder, JSON lines or token file.")],
+    model: Model,
+    adapter: Adapters = None,
+    sequence_length: Annotated[
+        int,
+        Option(metavar="N", min=1, help="Longer rows are cut into windows of this many tokens."),
+    ] = 1024,
+    form: Form = "auto",
+    bos: Bos = None,
+    eos: Eos = True,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Measure loss and perplexity on text, with or without an adapter.
+
+    Every counted token is predicted exactly once, from what stands before it in its window. The
+    standard error is over windows.
+    """
+    from . import evaluate as verb
+
+    verb.run(
+        data,
+        model=model,
+        adapters=adapter or [],
+        sequence_length=sequence_length,
+        form=form,
+        bos=bos,
+        eos=eos,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        as_json=json,
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str | None,
+        Option(
+            "--prompt", "-p", metavar="TEXT", help="To continue.", show_default="standard input"
+        ),
+    ] = None,
+    adapter: Adapters = None,
+    chat: Annotated[bool, Option("--chat", help="Ask through the model's chat template.")] = False,
+    system: Annotated[
+        str | None, Option(metavar="TEXT", help="System message, with --chat.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, Option("--max-new-tokens", "-n", metavar="N", min=1, help="At most so many.")
+    ] = 256,
+    temperature: Annotated[
+        float, Option(metavar="X", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, Option(metavar="K", min=0, help="Draw among the k likeliest; 0 = all.")
+    ] = 0,
+    top_p: Annotated[
+        float, Option(metavar="P", help="Draw among the fewest that hold this probability.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, Option(metavar="X", help="Above 1 avoids what occurred.")
+    ] = 1.0,
+    seed: Annotated[int, Option(metavar="N", min=0, help="Of the draws.")] = 0,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Continue a prompt or answer in a chat.
+
+    The text appears as it is made. Without --prompt the prompt is read from standard input; with
+    --chat on a terminal this becomes a conversation.
+    """
+    from . import generate as verb
+
+    verb.run(
+        prompt,
+        model=model,
+        adapters=adapter or [],
+        chat=chat,
+        system=system,
+        sampling={
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        },
+        tokenizer=tokenizer,
+        dtype=dtype,
+        as_json=json,
+    )
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[
+        list[str], Option("--adapter", "-a", metavar="PATH", help="Adapter folder.")
+    ],
+    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where the model goes.")],
+    dtype: Dtype = "auto",
+    max_shard_size: Annotated[
+        str, Option(metavar="SIZE", help="Largest file, as 5GB or 500MB.")
+    ] = "5GB",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Fold adapters into a model and save it.
+
+    The result is a folder that transformers opens. The tokeniser files come along. Several adapters
+    may be given; their changes add up.
+    """
+    from . import merge as verb
+
+    verb.run(
+        model=model,
+        adapters=adapter,
+        out=out,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, Argument(metavar="PATH", help="Adapter, model, safetensors or GGUF.")],
+    tensors: Annotated[bool, Option("--tensors", help="List every tensor.")] = False,
+    json: Json = False,
+) -> None:
+    """Say what a file or folder is: adapter, model, safetensors, GGUF."""
+    from . import inspect as verb
+
+    verb.run(path, tensors=tensors, as_json=json)
+
+
+@app.command()
+def tokenize(
+    source: Annotated[Path, Argument(metavar="SOURCE", help="Text, folder or JSON lines.")],
+    model: Annotated[
+        str,
+        Option("--model", "-m", metavar="PATH", help="Model or tokeniser: a folder or GGUF file."),
+    ],
+    out: Annotated[
+        Path | None,
+        Option("--out", "-o", metavar="FILE", help="Token file.", show_default="only count"),
+    ] = None,
+    form: Form = "auto",
+    sequence_length: Annotated[
+        int | None,
+        Option(metavar="N", min=1, help="Count the rows that training with it would cut."),
+    ] = None,
+    bos: Bos = None,
+    eos: Eos = True,
+    show: Annotated[int, Option(metavar="N", min=0, help="Print N rows, targets marked.")] = 0,
+    json: Json = False,
+) -> None:
+    """Turn text into a token file, and show what the loss will count.
+
+    A text file is one row, a folder has one row for each file, and a line of JSON is one row:
+
+    \b
+      {"text": ...}                       the loss counts everything
+      {"prompt": ..., "completion": ...}  the completion
+      {"messages": [{"role": ..., "content": ...}, ...]}  the assistant's messages
+    """
+    from . import tokenize as verb
+
+    verb.run(
+        source,
+        model=model,
+        out=out,
+        form=form,
+        sequence_length=sequence_length,
+        bos=bos,
+        eos=eos,
+        show=show,
+        as_json=json,
+    )
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; errors become one line and a status that is not 0."""
+    try:
+        status: Any = app(args=arguments, prog_name="budwood", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except Exit as stop:
+        return stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print("budwood: interrupted", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone; keep Python from complaining while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("BUDWOOD_DEBUG"):
+            raise
+        print(f"budwood: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip() or "no message"
+    if type(error).__module__.split(".")[0] == "budwood" or isinstance(error, ImportError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -1,0 +1,216 @@
+"""The settings of a training run: read from YAML or JSON, changed by key=value, checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import Error
+
+TOP = {
+    "model": None,
+    "tokenizer": None,
+    "dtype": "auto",
+    "seed": 0,
+    "output": None,
+    "resume": False,
+    "overwrite": False,
+    "data": {},
+    "adapter": {},
+    "train": {},
+}
+DATA = {"train": None, "eval": None, "format": "auto", "bos": None, "eos": True}
+# Options of the trainer that stand under `data`, because they say how rows become sequences.
+SAMPLING = ("sequence_length", "packing", "long_rows", "shuffle")
+# Options of the trainer that stand at the top.
+SHARED = ("seed", "output", "resume", "overwrite", "adapter")
+METHODS = {"lora": "LORA"}
+KINDS = {str: "text", bool: "true or false", int: "a whole number", dict: "a mapping"}
+
+
+@dataclass
+class Settings:
+    """A checked configuration. `resolved` holds every setting, defaults included."""
+
+    model: str
+    tokenizer: str
+    dtype: str
+    output: Path
+    adapter_name: str
+    adapter: dict[str, Any]
+    data: dict[str, Any]
+    train: dict[str, Any]
+    seed: int = 0
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+
+def load_settings(path: Path, overrides: list[str], **flags: bool) -> Settings:
+    """Reads a configuration file and applies `a.b=value` to it; flags are switches of the verb."""
+    values = read_file(path)
+    for text in overrides:
+        _override(values, text)
+    values.update({key: True for key, given in flags.items() if given})
+    return check(values, str(path))
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file as a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Error(f"[train] the configuration {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise Error(f"[train] {path} is not UTF-8 (byte {error.start})") from None
+    try:
+        values = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise Error(f"[train] {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise Error(f"[train] {path} is not a mapping of settings")
+    return values
+
+
+def check(values: dict[str, Any], source: str) -> Settings:
+    """Checks names and types and fills in defaults. Values are checked where they are used."""
+    from .. import _C
+
+    trainer = _C.TrainOptions().to_dict()
+    adapter_defaults = _C.LoraConfig().to_dict()
+    _known(values, TOP, "", source)
+    top = {**TOP, **values}
+    for name in ("data", "adapter", "train"):
+        top[name] = {} if top[name] is None else top[name]
+        _type(top[name], dict, name, source)
+    for name in ("model", "output"):
+        if top[name] is None:
+            raise Error(f"[train] {source}: {name} is missing")
+        _type(top[name], str, name, source)
+    _type(top["seed"], int, "seed", source)
+    _type(top["overwrite"], bool, "overwrite", source)
+    for name in ("tokenizer", "dtype"):
+        if top[name] is not None:
+            _type(top[name], str, name, source)
+
+    data_defaults = {**DATA, **{key: trainer[key] for key in SAMPLING}}
+    _known(top["data"], data_defaults, "data.", source)
+    data = {**data_defaults, **top["data"]}
+    if data["train"] is None:
+        raise Error(f"[train] {source}: data.train is missing")
+    for name in ("train", "eval"):
+        if data[name] is not None:
+            _type(data[name], str, f"data.{name}", source)
+
+    train_defaults = {k: v for k, v in trainer.items() if k not in SAMPLING + SHARED}
+    _known(top["train"], train_defaults, "train.", source)
+    train = {**train_defaults, **top["train"]}
+
+    adapter = dict(top["adapter"])
+    method = adapter.pop("method", "lora")
+    name = adapter.pop("name", "default")
+    if method not in METHODS:
+        raise Error(
+            f"[train] {source}: adapter.method is {method!r}, wanted one of {', '.join(METHODS)}"
+        )
+    _type(name, str, "adapter.name", source)
+    _known(adapter, {**adapter_defaults, "method": None, "name": None}, "adapter.", source)
+
+    resume = top["resume"]
+    if not isinstance(resume, (bool, str)):
+        raise Error(f"[train] {source}: resume is true, false or a checkpoint folder")
+    options = {
+        **train,
+        **{key: data[key] for key in SAMPLING},
+        "seed": top["seed"],
+        "output": top["output"],
+        "resume": resume if isinstance(resume, str) else "auto" if resume else "",
+        "overwrite": top["overwrite"],
+        "adapter": name,
+    }
+    adapter.setdefault("task_type", "CAUSAL_LM")
+    adapter.setdefault("base_model_name_or_path", top["model"])
+    return Settings(
+        model=top["model"],
+        tokenizer=top["tokenizer"] or top["model"],
+        dtype=top["dtype"] or "auto",
+        output=Path(top["output"]),
+        adapter_name=name,
+        adapter=adapter,
+        data=data,
+        train=options,
+        seed=top["seed"],
+        resolved={
+            **{key: top[key] for key in ("model", "tokenizer", "dtype", "seed", "output")},
+            "data": data,
+            "adapter": {"method": method, "name": name, **adapter},
+            "train": train,
+        },
+    )
+
+
+def write_settings(settings: Settings, path: Path) -> None:
+    """Writes the resolved configuration, which `budwood train` takes again."""
+    text = yaml.safe_dump(settings.resolved, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number and a key may stand only once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise Error(f"[train] wanted key=value, found {text!r}")
+    place = values
+    *outer, last = key.split(".")
+    for name in outer:
+        inner = place.setdefault(name, {})
+        if inner is None:
+            inner = place[name] = {}
+        if not isinstance(inner, dict):
+            raise Error(f"[train] {text!r}: {name} is not a group of settings")
+        place = inner
+    try:
+        place[last] = yaml.load(value, Loader)
+    except yaml.YAMLError as error:
+        raise Error(f"[train] {text!r}: {' '.join(str(error).split())}") from None
+
+
+def _known(values: dict[str, Any], known: dict[str, Any], prefix: str, source: str) -> None:
+    for key in values:
+        if key in known:
+            continue
+        # A setting that stands elsewhere is the likeliest meaning of a name that is right.
+        if prefix in ("", "train.") and key in (*SAMPLING, *DATA):
+            hint = f"it stands under data: data.{key}"
+        else:
+            near = get_close_matches(str(key), list(known), 1, 0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+        raise Error(f"[train] {source}: unknown setting {prefix}{key}; {hint}")
+
+
+def _type(value: Any, wanted: type, name: str, source: str) -> None:
+    right = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+    if not right:
+        raise Error(f"[train] {source}: {name} is {value!r}, wanted {KINDS[wanted]}")

@@ -1,0 +1,378 @@
+"""The command line, on a tiny model: what it makes, what it prints, how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from budwood import _C
+from budwood.cli import main
+from tiny_tokenizer import save_tiny_llama
+
+import peft
+
+CONVERSATION = [
+    {"role": "user", "content": "Say hi"},
+    {"role": "assistant", "content": "Hi there"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [{"text": f"Row number {i} of the text."} for i in range(20)]
+    lines += [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)]
+    lines += [{"messages": CONVERSATION}] * 10
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def settings(model: Path, rows: Path, output: Path, **train) -> dict:
+    return {
+        "model": str(model),
+        "output": str(output),
+        "data": {"train": str(rows), "eval": str(rows), "sequence_length": 64},
+        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "train": {"steps": 6, "batch_size": 2, "log_every": 1, "learning_rate": 1e-2, **train},
+    }
+
+
+def write(path: Path, values: dict) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(model, rows, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    config = write(folder / "run.yaml", settings(model, rows, folder / "out"))
+    assert main(["train", str(config)]) == 0
+    return folder / "out"
+
+
+def launch(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "budwood.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def figures(capsys, *arguments: str) -> dict:
+    """The JSON object that a verb prints."""
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def failure(capsys, *arguments: str) -> str:
+    """The one line that a failing verb prints."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("budwood: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_training_writes_an_adapter_that_hf_peft_opens_with_the_same_logits(trained, model):
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, trained).eval()
+    ours = _C.load_model(str(model))
+    _C.load_adapter(ours, str(trained))
+    ids = torch.arange(40, 72)[None]
+    with torch.no_grad():
+        wanted, without = theirs(ids).logits, _C.load_model(str(model))(ids)
+        torch.testing.assert_close(ours(ids), wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted - without).abs().max() > 1e-3  # it learned something
+
+
+def test_the_output_folder_holds_the_settings_as_used_and_they_run_again(trained, tmp_path):
+    values = yaml.safe_load((trained / "config.yaml").read_text())
+    assert values["train"]["schedule"] == "cosine"  # a default
+    assert values["train"]["learning_rate"] == 0.01
+    assert values["adapter"]["lora_dropout"] == 0.0
+    lines = (trained / "metrics.jsonl").read_text().splitlines()
+    assert sum("learning_rate" in line for line in lines) == 6
+    again = tmp_path / "again"
+    assert main(["train", str(trained / "config.yaml"), f"output={again}"]) == 0
+    first, second = (f / "adapter_model.safetensors" for f in (trained, again))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_training_on_a_token_file_equals_training_on_its_text(
+    model, rows, trained, tmp_path, capsys
+):
+    tokens = tmp_path / "rows.tokens"
+    made = figures(capsys, "tokenize", str(rows), "-m", str(model), "-o", str(tokens))
+    assert made["rows"] == 50
+    config = write(tmp_path / "run.json", settings(model, tokens, tmp_path / "out"))
+    assert main(["train", str(config)]) == 0
+    files = [f / "adapter_model.safetensors" for f in (trained, tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_token_file_of_another_tokeniser_is_refused(model, rows, tmp_path, capsys):
+    file = tmp_path / "foreign.tokens"
+    with _C.TokenFileWriter(str(file), 272, "another-tokeniser") as writer:
+        writer.add([1, 2, 3])
+    config = write(tmp_path / "run.yaml", settings(model, file, tmp_path / "out"))
+    assert "made with another tokeniser" in failure(capsys, "train", str(config))
+
+
+def test_an_interrupted_training_resumes_to_the_same_bytes(model, rows, tmp_path):
+    long = {"steps": 400, "log_every": 5}
+    whole = write(tmp_path / "a.yaml", settings(model, rows, tmp_path / "a", **long))
+    assert main(["train", str(whole)]) == 0
+    cut = write(tmp_path / "b.yaml", settings(model, rows, tmp_path / "b", **long))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "budwood.cli", "train", str(cut)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 130, rest
+    assert "--resume" in rest
+    assert "Traceback" not in rest
+    assert list((tmp_path / "b").glob("checkpoint-*"))
+    assert main(["train", str(cut), "--resume"]) == 0
+    files = [tmp_path / name / "adapter_model.safetensors" for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_earlier_run_is_neither_replaced_nor_touched_unasked(
+    trained, model, rows, tmp_path, capsys
+):
+    before = {f.name: f.read_bytes() for f in trained.iterdir() if f.is_file()}
+    config = write(tmp_path / "run.yaml", settings(model, rows, trained))
+    assert "holds an earlier run" in failure(capsys, "train", str(config))
+    assert before == {f.name: f.read_bytes() for f in trained.iterdir() if f.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["modle=x"], "unknown setting modle; did you mean model?"),
+        (
+            ["train.learning_rat=1"],
+            "unknown setting train.learning_rat; did you mean train.learning_rate?",
+        ),
+        (
+            ["adapter.lora_alfa=1"],
+            "unknown setting adapter.lora_alfa; did you mean adapter.lora_alpha?",
+        ),
+        (["data.sequence_len=8"], "did you mean data.sequence_length?"),
+        (["sequence_length=8"], "it stands under data: data.sequence_length"),
+        (["adapter.method=lore"], "adapter.method is 'lore', wanted one of lora"),
+        (["train.steps=-1"], "steps is -1"),
+        (["train.learning_rate=fast"], "learning_rate"),
+        (["adapter.target_modules=[nothing]"], "nothing"),
+        (["data.train=none.jsonl"], "data.train: none.jsonl does not exist"),
+        (["model=none"], "model: none does not exist"),
+        (["seed=one"], "seed is 'one', wanted a whole number"),
+        (["output=null"], "output is missing"),
+        (["steps"], "wanted key=value, found 'steps'"),
+        (["model.x=1"], "model is not a group of settings"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_says_what_is_right(
+    model, rows, tmp_path, capsys, overrides, what
+):
+    config = write(tmp_path / "run.yaml", settings(model, rows, tmp_path / "out"))
+    assert what in failure(capsys, "train", str(config), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("model: [", "run.yaml: while parsing"),
+        ("- a", "is not a mapping"),
+        ("model: a\nmodel: b", "'model' stands there twice"),
+    ],
+)
+def test_a_broken_configuration_is_one_line(tmp_path, capsys, text, what):
+    (tmp_path / "run.yaml").write_text(text)
+    assert what in failure(capsys, "train", str(tmp_path / "run.yaml"))
+    assert "does not exist" in failure(capsys, "train", str(tmp_path / "none.yaml"))
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path):
+    from budwood.cli.settings import read_file
+
+    (tmp_path / "run.yaml").write_text("a: 1e-3\nb: -2E4\nc: 1e\n")
+    assert read_file(tmp_path / "run.yaml") == {"a": 1e-3, "b": -2e4, "c": "1e"}
+
+
+def test_eval_gives_the_loss_of_transformers(trained, model, rows, capsys):
+    got = figures(capsys, "eval", str(rows), "-m", str(model), "-a", str(trained))
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, trained).eval()
+    from budwood.data import Encoder, read_rows
+    from budwood.tokenizer import load_tokenizer
+
+    encoder = Encoder(load_tokenizer(model))
+    total = number = 0
+    for row in read_rows(rows):
+        encoded = encoder(row)
+        ids = torch.tensor([encoded.ids])
+        labels = torch.tensor([encoded.ids]).masked_fill(~torch.tensor([encoded.counted]), -100)
+        with torch.no_grad():
+            total += float(theirs(ids, labels=labels).loss) * encoded.targets
+        number += encoded.targets
+    assert got["tokens"] == number
+    assert got["loss"] == pytest.approx(total / number, rel=1e-5)
+    without = figures(capsys, "eval", str(rows), "-m", str(model))
+    assert without["loss"] > got["loss"]
+    assert without["loss_error"] > 0
+
+
+def test_windows_of_eval_count_every_token_once(model, rows, capsys):
+    whole = figures(capsys, "eval", str(rows), "-m", str(model))
+    cut = figures(capsys, "eval", str(rows), "-m", str(model), "--sequence-length", "7")
+    assert cut["tokens"] == whole["tokens"]
+    assert cut["sequences"] > whole["sequences"]
+
+
+def test_generate_gives_the_tokens_of_transformers(trained, model, capsys):
+    got = figures(capsys, "generate", "-m", str(model), "-a", str(trained), "-p", "Row", "-n", "12")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, trained).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    ids = tokenizer("Row", return_tensors="pt").input_ids
+    ends = [tokenizer.eos_token_id]
+    wanted = theirs.generate(
+        input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=257
+    )
+    text = tokenizer.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True)
+    assert got["text"] == text
+    assert main(["generate", "-m", str(model), "-a", str(trained), "-p", "Row", "-n", "12"]) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_generate_chat_asks_through_the_template(model, capsys):
+    got = figures(capsys, "generate", "-m", str(model), "--chat", "-p", "Hi", "-n", "3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert got["prompt_tokens"] == len(tokenizer(asked, add_special_tokens=False).input_ids)
+
+
+def test_merge_gives_a_folder_with_tokeniser_that_transformers_opens(
+    trained, model, tmp_path, capsys
+):
+    out = tmp_path / "merged"
+    got = figures(capsys, "merge", "-m", str(model), "-a", str(trained), "-o", str(out))
+    assert "tokenizer.json" in got["files"]
+    assert got["bytes"] == sum(f.stat().st_size for f in out.iterdir())
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, trained).merge_and_unload()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert transformers.AutoTokenizer.from_pretrained(out)("ab").input_ids
+    ids = torch.arange(40, 72)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    arguments = ("merge", "-m", str(model), "-a", str(trained), "-o", str(out))
+    assert "exists" in failure(capsys, *arguments)
+    assert main([*arguments, "--overwrite"]) == 0
+    assert "--max-shard-size is 'big'" in failure(
+        capsys, *arguments[:-1], str(tmp_path / "x"), "--max-shard-size", "big"
+    )
+
+
+def test_merge_never_replaces_what_it_reads(trained, model, capsys):
+    arguments = ("merge", "-m", str(model), "-a", str(trained), "--overwrite", "-o")
+    assert "choose another folder" in failure(capsys, *arguments, str(model))
+    assert (model / "model.safetensors").exists()
+
+
+def test_inspect_says_what_things_are(trained, model, capsys):
+    adapter = figures(capsys, "inspect", str(trained))
+    assert adapter["kind"] == "adapter"
+    assert adapter["parameters"] == sum(
+        p.numel() for p in _load_safetensors(trained / "adapter_model.safetensors").values()
+    )
+    assert figures(capsys, "inspect", str(model))["kind"] == "model"
+    file = figures(capsys, "inspect", str(model / "model.safetensors"), "--tensors")
+    assert {t["name"] for t in file["tensors"]} == set(
+        _load_safetensors(model / "model.safetensors")
+    )
+    for path in (trained, model, model / "model.safetensors"):
+        assert main(["inspect", str(path), "--tensors"]) == 0
+    shown = capsys.readouterr().out
+    assert "q_proj" in shown
+    assert "LORA" in shown
+    assert "none.gguf" in failure(capsys, "inspect", "none.gguf")
+
+
+def test_tokenize_marks_what_counts(model, rows, tmp_path, capsys):
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": CONVERSATION}))
+    assert main(["tokenize", str(file), "-m", str(model), "--show", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "assistant\n⟦Hi there<|eot|>⟧\n" in shown
+    assert "targets" in shown
+    assert list(tmp_path.iterdir()) == [file]  # without --out nothing is written
+    file.write_text('{"text": "a"}\n{"text": }\n')
+    assert "chat.jsonl:2: broken JSON" in failure(capsys, "tokenize", str(file), "-m", str(model))
+
+
+def test_help_and_version_answer_and_usage_errors_do_not_succeed(capsys):
+    for verb in ("train", "eval", "generate", "merge", "inspect", "tokenize"):
+        assert main([verb, "--help"]) == 0
+        assert f"Usage: budwood {verb}" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out
+    assert torch.__version__ in lines
+    assert "instruction set" in lines
+    assert main(["trian"]) == 2
+    assert main(["generate"]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_the_program_reports_errors_without_a_traceback_unless_asked():
+    failed = launch("inspect", "none")
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert failed.stdout == ""
+    debugged = launch("--debug", "inspect", "none")
+    assert debugged.returncode == 1
+    assert "Traceback" in debugged.stderr
+
+
+def test_generate_reads_its_prompt_from_a_pipe(model):
+    done = launch("generate", "-m", str(model), "-n", "4", "--json", input="Row\n")
+    assert json.loads(done.stdout)["prompt"] == "Row"
+
+
+def test_help_comes_before_torch_is_imported():
+    begin = time.perf_counter()
+    code = (
+        "import sys; from budwood.cli import main; main(['--help']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert time.perf_counter() - begin < 5
+
+
+def _load_safetensors(path: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(path)
