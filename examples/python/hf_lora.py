@@ -2,7 +2,7 @@
 
     python hf_lora.py [MODEL_FOLDER]
 
-Without a folder it makes a small random Llama and teaches it to count.
+Without a folder it takes a small random Llama, and rows of ascending numbers to learn.
 """
 
 import sys

@@ -13,7 +13,7 @@ from . import switches
 from .combine import check_combination, combine, combined_rank
 from .config import LoraConfig
 from .errors import Error
-from .inject import inject, record_config
+from .inject import inject
 
 
 class AdapterControls:
@@ -162,7 +162,6 @@ class AdapterControls:
             base_model_name_or_path=first.base_model_name_or_path,
         )
         inject(model, config, adapter_name)
-        record_config(model, adapter_name, config)
         for slot in held.values():
             a, b = combine(slot, adapters, weights, combination_type, rank, svd_clamp)
             with torch.no_grad():

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from . import _C
 from .biases import TrainedBiases
-from .config import TASK_HEADS, LoraConfig, as_lora_config, check_adapter_name
+from .config import LoraConfig, as_lora_config, check_adapter_name
 from .errors import Error
 from .saved_modules import SavedModule
-from .slots import LinearSlot, Slot
+from .slots import LinearSlot
 from .switches import adapters_of, biases_of, replace, set_adapter, set_biases, slots
-from .targets import Target, match_targets
+from .targets import Match, Target, adaptable_modules, match_targets
 from .weights import is_conv1d, is_linear
 
 
@@ -58,14 +59,14 @@ def inject(
 
     The first adapter of a model freezes the model and becomes active; a later one is attached
     inactive and frozen. When anything is refused, the model is as it was. With `loading`, a pattern
-    without a hit is a warning instead of an error.
+    without a hit is a warning instead of an error. The config is kept in `model.peft_config`.
     """
     check_adapter_name(adapter_name)
     if adapter_name in adapters_of(model):
         raise Error(f"[inject] an adapter named {adapter_name!r} is already attached")
     first = not any(True for _ in slots(model))
-    report = InjectReport()
-    targets = match_targets(config, model, strict=not loading, notes=report.warnings)
+    match = match_targets(config, model, strict=not loading)
+    targets, report = match.targets, InjectReport(warnings=match.warnings)
     layers = _target_layers(model, targets)
     copies = _modules_to_copy(model, config, targets, loading, report)
     _check_biases(model, config, adapter_name)
@@ -103,6 +104,7 @@ def inject(
             report.add(path, "bias", 0, [value])
     if first:
         set_adapter(model, [adapter_name], trainable=not config.inference_mode)
+    _record(model, adapter_name, config, match)
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in model.parameters())
     for note in report.warnings:
@@ -121,32 +123,21 @@ def inject_adapter_in_model(
     The configs stand in `model.peft_config` by name; the modules keep their paths, so the
     parameters have no `base_model.model.` prefix.
     """
-    config = as_lora_config(peft_config)
-    inject(model, config, adapter_name)
-    record_config(model, adapter_name, config)
+    inject(model, as_lora_config(peft_config), adapter_name)
     return model
 
 
-def record_config(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
-    """Keeps a copy of a config in `model.peft_config`, with what only the model knows filled in."""
+def _record(model: nn.Module, adapter_name: str, config: LoraConfig, match: Match) -> None:
+    """Keeps a copy of a config as it is to be saved: what the model decided is written down."""
     config = config.copy()
-    for _, slot in slots(model):
-        if isinstance(slot, LinearSlot) and adapter_name in slot.lora_A:
-            config.fan_in_fan_out = is_conv1d(slot.base_layer)
-            break
+    paths = [target.path for target in match.targets]
+    config.target_modules = match.target_modules
+    config.pin_patterns(paths)
+    layers = [model.get_submodule(path).base_layer for path in paths]
+    config.fan_in_fan_out = all(is_conv1d(layer) for layer in layers)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
     model.__dict__.setdefault("peft_config", {})[adapter_name] = config
-
-
-def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of a model as it was before any slot; a slot stands for what it wraps."""
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if path and not path.startswith(inside):
-            if isinstance(module, Slot):
-                inside = (*inside, path + ".")
-            yield path, module
 
 
 def _target_layers(model: nn.Module, targets: list[Target]) -> list[nn.Module]:
@@ -173,13 +164,14 @@ def _modules_to_copy(
 ) -> list[str]:
     paths: list[str] = []
     wanted = list(dict.fromkeys(config.modules_to_save or ()))
+    optional = _C.task_heads(config.task_type)
     for path, _ in adaptable_modules(model):
         inside = any(path.startswith(outer + ".") for outer in paths)
         if not inside and any(path == m or path.endswith("." + m) for m in wanted):
             paths.append(path)
     for name in wanted:
         # Heads that a task type adds to the list are there in some models only.
-        if name in TASK_HEADS or any(p == name or p.endswith("." + name) for p in paths):
+        if name in optional or any(p == name or p.endswith("." + name) for p in paths):
             continue
         fact = f"modules_to_save entry {name!r} matches no module of the model"
         if not loading:

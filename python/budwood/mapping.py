@@ -23,19 +23,13 @@ class PeftModelForFeatureExtraction(PeftModel):
 class PeftModelForSequenceClassification(PeftModel):
     """A sequence classifier with adapters; its head is trained as a full copy."""
 
-    task_heads = ("classifier", "score")
-
 
 class PeftModelForTokenClassification(PeftModel):
     """A token classifier with adapters; its head is trained as a full copy."""
 
-    task_heads = ("classifier", "score")
-
 
 class PeftModelForQuestionAnswering(PeftModel):
     """An extractive question answering model with adapters; its head is trained as a full copy."""
-
-    task_heads = ("qa_outputs",)
 
 
 _BY_TASK = {

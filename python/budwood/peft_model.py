@@ -11,11 +11,11 @@ from torch import nn
 
 from . import switches
 from .adapter_folder import find_folder, read_weights, write_adapter
-from .config import LoraConfig, as_lora_config, read_config
+from .config import LoraConfig, as_lora_config, read_config, with_task_heads
 from .controls import AdapterControls
 from .errors import Error
 from .hf_peft import LooksLikePeft
-from .inject import InjectReport, inject, record_config
+from .inject import InjectReport, inject
 from .model_card import write_model_card
 from .save_and_load import (
     LoadResult,
@@ -132,16 +132,10 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         self._attach(adapter_name, peft_config, autocast_adapter_dtype, loading=False)
 
     def _attach(self, name: str, config: LoraConfig, autocast: bool, loading: bool) -> None:
-        config = as_lora_config(config).copy()
-        config.add_modules_to_save(self.task_heads)
-        model = self.get_base_model()
+        config = with_task_heads(as_lora_config(config))
         self.reports[name] = inject(
-            model, config, name, loading=loading, autocast_adapter_dtype=autocast
+            self.get_base_model(), config, name, loading=loading, autocast_adapter_dtype=autocast
         )
-        record_config(model, name, config)
-
-    #: Heads that are trained beside the adapter without being asked for, where a model has them.
-    task_heads: tuple[str, ...] = ()
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turns recomputation on; the embeddings' output then requires grad, as adapters need."""

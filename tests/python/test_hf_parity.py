@@ -115,10 +115,15 @@ def test_logits_gradients_and_folders_equal_peft(family, config, tmp_path):
     a.loss.backward()
     b.loss.backward()
     gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    # A key's bias shifts all scores of a row alike: its gradient is zero but for the rounding of
+    # larger ones.
+    largest = max(g.norm().item() for g in gradients.values())
     for name, parameter in ours.named_parameters():
         assert parameter.requires_grad == (name in gradients), name
         if parameter.requires_grad:
-            assert rel(parameter.grad, gradients[name]) < 1e-4, name
+            difference = (parameter.grad - gradients[name]).norm().item()
+            size = max(gradients[name].norm().item(), 1e-3 * largest)
+            assert difference < 1e-4 * size, name
 
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
