@@ -6,7 +6,6 @@
 #include <budwood/peft/inject_matched.h>
 #include <budwood/peft/io/file.h>
 #include <budwood/peft/slot.h>
-#include <budwood/peft/targets.h>
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
 #include <map>
@@ -128,19 +127,17 @@ void save_adapter(torch::nn::Module& model, const std::string& folder, const std
     tensors.emplace_back(key, tensor);
   }
   io::AtomicFolder out(folder, io::Existing::keep_others);
-  io::write_file(out.path() / "adapter_config.json", saved_config(*all.config, all.paths));
+  io::write_file(out.path() / "adapter_config.json", all.config->to_json());
   write_tensors(out.path() / kWeights, tensors);
   out.commit();
 }
 
 InjectReport load_adapter(torch::nn::Module& model, const std::string& folder,
                           const std::string& name) {
-  const auto config_path = fs::path(folder) / "adapter_config.json";
+  const auto config = load_adapter_config(folder);
   const auto weights = read_weights(folder);
-  ConfigWarnings warnings;
-  const auto config = parse_adapter_config(io::read_file(config_path), Strictness::lenient, warnings);
   auto report = inject_matched(model, config, name, 0, Strictness::lenient);
-  report.warnings.insert(report.warnings.begin(), warnings.begin(), warnings.end());
+  report.warnings.insert(report.warnings.begin(), config->warnings.begin(), config->warnings.end());
   try {
     fill(collect(model, name).tensors, weights, folder);
   } catch (...) {

@@ -1,8 +1,10 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <budwood/peft/inject.h>
+#include <budwood/peft/inject_matched.h>
 #include <budwood/peft/method.h>
 #include <budwood/peft/models/model.h>
 #include <budwood/peft/slot.h>
@@ -101,11 +103,15 @@ void count(torch::nn::Module& model, InjectReport& report) {
 
 }  // namespace
 
-InjectReport inject_matched(torch::nn::Module& model, std::shared_ptr<const AdapterConfig> config,
+InjectReport inject_matched(torch::nn::Module& model, std::shared_ptr<const AdapterConfig> given,
                             const std::string& name, uint64_t seed, Strictness strictness) {
-  const auto& method = method_of(config->peft_type);
-  const auto targets =
-      match_targets(*config, module_list(model), model_type(model), strictness);
+  const auto& method = method_of(given->peft_type);
+  given->validate(strictness);
+  if (given->modules_to_save && !given->modules_to_save->empty())
+    throw Error("inject", "modules_to_save is not available for C++ models in this version");
+  const auto targets = match_targets(*given, module_list(model), model_type(model), strictness);
+  auto config = given->clone();
+  config->resolve(targets.target_modules, targets.matched);
   std::map<std::string, LinearSlotImpl*> slots;
   for (const auto& [path, slot] : linear_slots(model)) {
     slots[path] = slot;

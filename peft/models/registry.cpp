@@ -1,0 +1,85 @@
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <budwood/peft/models/gguf_source.h>
+#include <budwood/peft/models/hf_source.h>
+#include <budwood/peft/models/registry.h>
+#include <budwood/peft/tensor_file.h>
+#include <budwood/quant/error.h>
+#include <map>
+
+namespace budwood::models {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::map<std::string, ModelFactory>& factories() {
+  static std::map<std::string, ModelFactory> table;
+  return table;
+}
+
+void require_exists(const std::string& path) {
+  if (!fs::exists(path))
+    throw Error("load", fmt::format("'{}' does not exist; wanted a Hugging Face folder or a GGUF file", path));
+}
+
+ModelConfig folder_config(const fs::path& folder) {
+  const auto file = folder / "config.json";
+  if (!fs::exists(file)) throw Error("load", fmt::format("'{}' has no config.json", folder.string()));
+  return ModelConfig::from_json(io::read_file(file));
+}
+
+void require_all_used(const WeightSource& source, const ModelConfig& config, const std::string& path) {
+  std::vector<std::string> strays;
+  for (const auto& name : source.unused()) {
+    // A tied head is sometimes stored again, and old files carry the rotary table.
+    if (config.tie_word_embeddings && name == "lm_head.weight") continue;
+    if (name.ends_with("rotary_emb.inv_freq")) continue;
+    strays.push_back(name);
+  }
+  if (strays.empty()) return;
+  const auto count = strays.size();
+  if (strays.size() > 10) strays.resize(10);
+  throw Error("load", fmt::format("{}: {} tensors do not belong to a {} model of {} layers: {}{}", path,
+                                  count, config.model_type, config.num_hidden_layers,
+                                  fmt::join(strays, ", "), count > strays.size() ? ", ..." : ""));
+}
+
+}  // namespace
+
+bool register_model(const std::string& model_type, ModelFactory factory) {
+  return factories().emplace(model_type, std::move(factory)).second;
+}
+
+std::shared_ptr<CausalLM> build(ModelConfig config, WeightSource& source) {
+  const auto it = factories().find(config.model_type);
+  if (it == factories().end())
+    throw Error("load", fmt::format("model type '{}' is not supported", config.model_type));
+  auto model = it->second(std::move(config), source);
+  model->eval();
+  return model;
+}
+
+ModelConfig read_config(const std::string& path) {
+  require_exists(path);
+  return fs::is_directory(path) ? folder_config(path) : GgufSource(path, at::kFloat).config();
+}
+
+std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& options) {
+  require_exists(path);
+  std::optional<at::ScalarType> dtype;
+  if (options.dtype != "auto") dtype = scalar_type_of(options.dtype);
+  if (!fs::is_directory(path)) {
+    GgufSource source(path, dtype.value_or(at::kFloat));
+    auto model = build(source.config(), source);
+    require_all_used(source, model->config(), path);
+    return model;
+  }
+  auto config = folder_config(path);
+  HfSource source(path, dtype);
+  auto model = build(std::move(config), source);
+  require_all_used(source, model->config(), path);
+  return model;
+}
+
+}  // namespace budwood::models
