@@ -9,12 +9,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
 from budwood._C import Error, LoraConfig, PeftConfig, known_peft_types, task_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
+
+import peft
 
 NAMES = st.sampled_from(["q_proj", "k_proj", "v_proj", "self_attn.o_proj", "lm_head", "café"])
 PATHS = st.lists(
@@ -129,7 +130,11 @@ def test_python_values_of_all_kinds_are_taken():
 
 def test_values_come_back_as_pefts_do():
     config = LoraConfig(
-        r=4, lora_alpha=16, target_modules=["a"], rank_pattern={"b": 2, "a": 1}, modules_to_save=["h"]
+        r=4,
+        lora_alpha=16,
+        target_modules=["a"],
+        rank_pattern={"b": 2, "a": 1},
+        modules_to_save=["h"],
     )
     assert config.peft_type == peft.PeftType.LORA
     assert config.task_type is None
@@ -391,7 +396,9 @@ def test_a_folder_that_is_not_there_is_refused_without_a_download(tmp_path):
 )
 @settings(deadline=None, max_examples=500)
 def test_rank_alpha_and_scaling_by_pattern_are_pefts(ranks, alphas, rslora, path):
-    config = LoraConfig(r=7, lora_alpha=9, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
+    config = LoraConfig(
+        r=7, lora_alpha=9, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora
+    )
     r = ranks.get(get_pattern_key(ranks.keys(), path), 7)
     alpha = alphas.get(get_pattern_key(alphas.keys(), path), 9)
     assert config.rank(path) == r

@@ -82,9 +82,13 @@ TEST_CASE("Python's dialect is read as Python reads it") {
 }
 
 TEST_CASE("what Python refuses is refused") {
-  for (const char* p : {"\\h", "\\R", "\\K", "\\z", "\\Qa\\E", "\\p{L}", "(*ACCEPT)", "(*LIMIT_MATCH=9)a",
-                        "(?R)", "(?1)", "(a)(?&x)", "(?|a)", "(?<n>a)", "(?'n'a)", "(?C1)a", "a(?i)",
-                        "[\\A]", "\\1", "(", ")", "[a", "*a", "a\\", "\\x4", "(?P>n)", "(?"}) {
+  for (const char* p : {"\\h",     "\\R",     "\\K",       "\\z",
+                        "\\Qa\\E", "\\p{L}",  "(*ACCEPT)", "(*LIMIT_MATCH=9)a",
+                        "(?R)",    "(?1)",    "(a)(?&x)",  "(?|a)",
+                        "(?<n>a)", "(?'n'a)", "(?C1)a",    "a(?i)",
+                        "[\\A]",   "\\1",     "(",         ")",
+                        "[a",      "*a",      "a\\",       "\\x4",
+                        "(?P>n)",  "(?"}) {
     CAPTURE(std::string(p));
     CHECK_THROWS_AS(Pattern{p}, Error);
   }
@@ -112,7 +116,8 @@ TEST_CASE("a fault inside a frame is told in positions of the part that was give
 TEST_CASE("a pattern that backtracks without end is refused quickly") {
   const auto begin = std::chrono::steady_clock::now();
   const std::string subject = std::string(60, 'a') + "!";
-  for (const char* p : {"(a+)+$", "(a|a)*$", "(a|aa)+$", "(.*)*[xy]", "(?:a?){60}a{60}$", "(.*a){40}"}) {
+  for (const char* p :
+       {"(a+)+$", "(a|a)*$", "(a|aa)+$", "(.*)*[xy]", "(?:a?){60}a{60}$", "(.*a){40}"}) {
     CAPTURE(std::string(p));
     CHECK(says(message_of(p, subject), "too expensive"));
   }
