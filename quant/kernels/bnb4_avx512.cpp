@@ -4,6 +4,16 @@
 namespace budwood::quant::kernels {
 namespace {
 
+/// Values of the 32 elements in 16 bytes, high nibbles first.
+__m512 first_sixteen(__m512 table, __m128i bytes) {
+  const __m128i index = _mm_unpacklo_epi8(high_nibbles(bytes), low_nibbles(bytes));
+  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(index), table);
+}
+__m512 second_sixteen(__m512 table, __m128i bytes) {
+  const __m128i index = _mm_unpackhi_epi8(high_nibbles(bytes), low_nibbles(bytes));
+  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(index), table);
+}
+
 /// n elements of one block from position begin.
 void decode_run(const float* entries, __m512 table, const uint8_t* codes, int64_t begin, int64_t n,
                 float scale, float* dst) {
@@ -13,18 +23,17 @@ void decode_run(const float* entries, __m512 table, const uint8_t* codes, int64_
     --n;
   }
   const __m512 scales = _mm512_set1_ps(scale);
-  for (; n > 0; n -= 32, codes += 16, dst += 32) {
-    const int64_t here = n < 32 ? n : 32;
-    const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes((here + 1) / 2), codes);
-    const __m128i high = high_nibbles(bytes);
-    const __m128i low = low_nibbles(bytes);
-    const __m512i first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low));
-    const __m512i second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low));
-    const __mmask16 lanes = first_lanes(here < 16 ? here : 16);
-    const __mmask16 more = first_lanes(here < 16 ? 0 : here - 16);
-    _mm512_mask_storeu_ps(dst, lanes, _mm512_mul_ps(_mm512_permutexvar_ps(first, table), scales));
-    _mm512_mask_storeu_ps(dst + 16, more,
-                          _mm512_mul_ps(_mm512_permutexvar_ps(second, table), scales));
+  for (; n >= 32; n -= 32, codes += 16, dst += 32) {
+    const __m128i bytes = load_bytes(codes);
+    _mm512_storeu_ps(dst, _mm512_mul_ps(first_sixteen(table, bytes), scales));
+    _mm512_storeu_ps(dst + 16, _mm512_mul_ps(second_sixteen(table, bytes), scales));
+  }
+  if (n > 0) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes((n + 1) / 2), codes);
+    const __mmask16 lanes = first_lanes(n < 16 ? n : 16);
+    const __mmask16 more = first_lanes(n < 16 ? 0 : n - 16);
+    _mm512_mask_storeu_ps(dst, lanes, _mm512_mul_ps(first_sixteen(table, bytes), scales));
+    _mm512_mask_storeu_ps(dst + 16, more, _mm512_mul_ps(second_sixteen(table, bytes), scales));
   }
 }
 

@@ -59,9 +59,8 @@ bool can_quantize(GgmlType type);
 
 /// Encodes n elements (a multiple of the block) into dst, row_bytes(type, n) long, with the bytes
 /// of ggml's reference quantisers. Throws Error for a type that cannot be written; faults of the
-/// data (NaN, infinity, a scale beyond fp16, where ggml would store infinity) are returned. Where a
-/// scale is so small that its inverse overflows, its fp16 value is 0 and the codes are those of
-/// zero.
+/// data (NaN, infinity, a scale beyond fp16, where ggml would store infinity) are returned. A block
+/// whose scale is so small that its inverse overflows decodes to zeros.
 QuantizeStatus quantize_row(GgmlType type, const float* src, void* dst, int64_t n);
 
 }  // namespace budwood::quant::kernels

@@ -74,7 +74,9 @@ bool encode_q4_0(const float* src, uint8_t* dst) {
   for (int k = 0; k < 4; ++k) {
     x[k] = _mm256_loadu_ps(src + 8 * k);
   }
-  store_nibbles(x, inverse(d), 8.5f, dst + 2);
+  // Where the inverse overflowed, ggml's conversion of infinity gives code 0 (on x86-64).
+  const float id = inverse(d);
+  store_nibbles(x, id, id == 0.0f && d != 0.0f ? 0.0f : 8.5f, dst + 2);
   return true;
 }
 

@@ -41,9 +41,11 @@ bool encode_q4_0(const float* src, uint8_t* dst) {
     return false;
   }
   const float id = inverse(d);
+  // Where the inverse overflowed, ggml's conversion of infinity gives code 0 (on x86-64).
+  const float shift = id == 0.0f && d != 0.0f ? 0.0f : 8.5f;
   for (int j = 0; j < 16; ++j) {
-    const int low = clamp_code(src[j] * id + 8.5f, 15);
-    const int high = clamp_code(src[j + 16] * id + 8.5f, 15);
+    const int low = clamp_code(src[j] * id + shift, 15);
+    const int high = clamp_code(src[j + 16] * id + shift, 15);
     dst[2 + j] = static_cast<uint8_t>(low | high << 4);
   }
   return true;

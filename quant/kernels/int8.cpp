@@ -43,12 +43,13 @@ QuantizeStatus quantize_int8_row(const float* src, int64_t n, int8_t* codes, flo
     return {Fault::not_finite, bad - src};
   }
   *scb = float_from_bits(static_cast<uint32_t>(bits));
-  const float scale = 127.0f / *scb;
+  // Not 127 / scb: torch divides a number by a tensor this way, and ties depend on it.
+  const float scale = 1.0f / *scb * 127.0f;
   if (std::isfinite(scale)) {
     path().encode(src, scale, n, codes);
     return {};
   }
-  // A row of zeros, or of values so small that 127 / scb overflows.
+  // A row of zeros, or of values so small that the scale overflows.
   for (int64_t i = 0; i < n; ++i) {
     codes[i] = *scb == 0.0f ? 0 : static_cast<int8_t>(std::nearbyint(src[i] / *scb * 127.0f));
   }

@@ -61,6 +61,9 @@ inline std::vector<float> ramp() {
 }
 
 inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  if (a.empty() || b.empty()) {
+    return a.empty() && b.empty();
+  }
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 

@@ -44,6 +44,15 @@ TEST_CASE("int8 rows have bitsandbytes' codes and values") {
   }
 }
 
+TEST_CASE("a tie in decimals falls where fp32(1 / scb) * 127 puts it") {
+  // 0.5 * 127 = 63.5 in decimals, and 63.5 + 2^-18 and 63.5 - 2^-18 in bitsandbytes.
+  for (Isa isa : all_isas()) {
+    ScopedIsa scope(isa);
+    CHECK(quantized({1.880859375f, -3.76171875f}).codes == std::vector<int8_t>{64, -127});
+    CHECK(quantized({2.109375f, 4.21875f}).codes == std::vector<int8_t>{63, 127});
+  }
+}
+
 TEST_CASE("a row of zeros and a row of tiny values stay what they are") {
   for (Isa isa : all_isas()) {
     ScopedIsa scope(isa);
