@@ -9,6 +9,7 @@
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
 #include <map>
+#include <set>
 
 namespace budwood {
 namespace {
@@ -82,9 +83,32 @@ NamedTensors read_weights(const fs::path& folder) {
   throw Error("load_adapter", fmt::format("{} has neither {} nor adapter_model.bin", folder.string(), kWeights));
 }
 
+// HF PEFT stores the frozen table of an adapted head along; it takes the place of the model's own.
+std::set<std::string> take_tables(torch::nn::Module& model, const std::string& name,
+                                  const NamedTensors& found) {
+  std::set<std::string> keys;
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    auto* slot = dynamic_cast<LinearSlotImpl*>(item.value().get());
+    if (!slot || !slot->adapter(name)) continue;
+    const auto key = kPrefix + item.key() + ".base_layer.weight";
+    for (const auto& [stored, tensor] : found) {
+      if (stored != key) continue;
+      const auto& own = slot->weight();
+      if (tensor.sizes() != at::IntArrayRef({own.out, own.in}))
+        throw Error("load_adapter",
+                    fmt::format("{} is {}, this model wants [{}, {}]: the vocabularies differ", key,
+                                io::shape_text({tensor.sizes().data(), tensor.sizes().size()}), own.out, own.in));
+      const auto table = tensor.to(own.dtype());
+      if (!table.equal(own.rows(0, own.out, own.dtype()))) slot->replace_weight(quant::Weight::dense(table));
+      keys.insert(key);
+    }
+  }
+  return keys;
+}
+
 // All faults of a file at once: a person mends them in one go.
 void fill(const std::map<std::string, at::Tensor>& wanted, const NamedTensors& found,
-          const std::string& folder) {
+          const std::set<std::string>& tables, const std::string& folder) {
   std::string faults;
   const auto add = [&](const std::string& fault) { faults += "\n  " + fault; };
   std::map<std::string, at::Tensor> given;
@@ -93,6 +117,7 @@ void fill(const std::map<std::string, at::Tensor>& wanted, const NamedTensors& f
   for (const auto& [key, tensor] : wanted)
     if (!given.contains(key)) add(fmt::format("missing: {}", key));
   for (const auto& [key, tensor] : given) {
+    if (tables.contains(key)) continue;
     const auto it = wanted.find(key);
     if (it == wanted.end()) {
       add(fmt::format("unknown: {}", key));
@@ -139,7 +164,7 @@ InjectReport load_adapter(torch::nn::Module& model, const std::string& folder,
   auto report = inject_matched(model, config, name, 0, Strictness::lenient);
   report.warnings.insert(report.warnings.begin(), config->warnings.begin(), config->warnings.end());
   try {
-    fill(collect(model, name).tensors, weights, folder);
+    fill(collect(model, name).tensors, weights, take_tables(model, name, weights), folder);
   } catch (...) {
     detach(model, name);
     throw;

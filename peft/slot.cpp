@@ -147,6 +147,14 @@ void LinearSlotImpl::unmerge() {
   set_weight(std::move(weight), std::move(bias));
 }
 
+void LinearSlotImpl::replace_weight(quant::Weight weight) {
+  if (!merged_.empty()) throw Error("replace_weight", fmt::format("{} is merged: unmerge first", join(merged_)));
+  if (weight.out != weight_.out || weight.in != weight_.in)
+    throw Error("replace_weight", fmt::format("the slot's weight is [{}, {}], found [{}, {}]", weight_.out,
+                                              weight_.in, weight.out, weight.in));
+  set_weight(std::move(weight), bias_);
+}
+
 void LinearSlotImpl::forget_base() {
   unmerged_.reset();
   for (const auto& name : std::exchange(merged_, {}))

@@ -26,6 +26,8 @@ class LinearSlotImpl : public torch::nn::Module {
 
   const quant::Weight& weight() const { return weight_; }
   const at::Tensor& bias() const { return bias_; }
+  /// Puts another weight of the same shape in the slot; throws while something is merged.
+  void replace_weight(quant::Weight weight);
   int64_t in_features() const { return weight_.in; }
   int64_t out_features() const { return weight_.out; }
 

@@ -140,7 +140,7 @@ template <c10::DispatchKey key, c10::DeviceType device>
 at::Tensor linear_autocast(const at::Tensor& x, at::TensorList parts, int64_t format,
                            c10::SymIntArrayRef shape, const OptionalTensor& bias) {
   c10::impl::ExcludeDispatchKeyGuard guard{key};
-  return call_linear(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x), parts,
+  return call_linear(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), parts,
                      format, shape, bias);
 }
 

@@ -22,7 +22,7 @@ at::Tensor chunk_loss(const at::Tensor& logits, const at::Tensor& target) {
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden,
-                            const std::vector<at::Tensor>& parameters, const at::Tensor& labels,
+                            at::TensorList parameters, const at::Tensor& labels,
                             const Project& project, int64_t chunk) {
     auto total = at::zeros({}, hidden.options().dtype(at::kDouble));
     variable_list grads{at::empty_like(hidden)};
@@ -83,7 +83,7 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& labe
   const bool all = counted.numel() == labels.numel();
   const auto rows = all ? hidden : hidden.index_select(0, counted);
   const auto target = all ? labels : labels.index_select(0, counted);
-  return differentiate ? LinearCrossEntropy::apply(rows, parameters, target, project, chunk)
+  return differentiate ? LinearCrossEntropy::apply(rows, at::TensorList(parameters), target, project, chunk)
                        : without_grad(rows, target, project, chunk);
 }
 

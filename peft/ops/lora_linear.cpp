@@ -191,7 +191,7 @@ at::Tensor autocast_entry(const at::Tensor& x, at::TensorList parts, int64_t for
                           c10::SymIntArrayRef shape, const OptionalTensor& bias,
                           const at::Tensor& a, const at::Tensor& b, double scaling) {
   c10::impl::ExcludeDispatchKeyGuard guard{key};
-  return call_entry(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x), parts,
+  return call_entry(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), parts,
                     format, shape, bias, a, b, scaling);
 }
 

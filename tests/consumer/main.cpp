@@ -10,7 +10,7 @@
 int main() {
   torch::manual_seed(0);
   torch::nn::Module model;
-  auto layer = model.register_module(
+  budwood::LinearSlot layer = model.register_module(
       "proj", budwood::LinearSlot(budwood::quant::Weight::dense(torch::randn({6, 4}))));
   auto config = std::make_shared<budwood::LoraConfig>();
   config->r = 2;

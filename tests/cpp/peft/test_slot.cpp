@@ -24,8 +24,10 @@ struct OneSlot : torch::nn::Module {
   explicit OneSlot(at::ScalarType dtype = at::kFloat, bool bias = true, bool transposed = false) {
     torch::manual_seed(1);
     auto w = torch::randn({5, 3}).to(dtype);
-    auto weight = transposed ? quant::Weight::dense_transposed(w.t().contiguous()) : quant::Weight::dense(w);
-    proj = register_module("proj", LinearSlot(weight, bias ? torch::randn({5}).to(dtype) : torch::Tensor()));
+    auto weight =
+        transposed ? quant::Weight::dense_transposed(w.t().contiguous()) : quant::Weight::dense(w);
+    proj = register_module(
+        "proj", LinearSlot(weight, bias ? torch::randn({5}).to(dtype) : torch::Tensor()));
   }
 };
 
@@ -39,7 +41,8 @@ void randomise(torch::nn::Module& model) {
 TEST_CASE("the golden numbers of LoRA and rsLoRA") {
   torch::nn::Module model;
   const auto w = torch::tensor({{1.f, 2.f, 3.f}, {4.f, 5.f, 6.f}});
-  auto slot = model.register_module("proj", LinearSlot(quant::Weight::dense(w), torch::tensor({0.5f, -0.5f})));
+  LinearSlot slot = model.register_module(
+      "proj", LinearSlot(quant::Weight::dense(w), torch::tensor({0.5f, -0.5f})));
   for (const bool stabilised : {false, true}) {
     auto config = config_of(2, 3);
     config->use_rslora = stabilised;
@@ -49,10 +52,13 @@ TEST_CASE("the golden numbers of LoRA and rsLoRA") {
     trained[0].second.copy_(torch::tensor({{1.f, 0.f, -1.f}, {0.5f, 0.5f, 0.f}}));
     trained[1].second.copy_(torch::tensor({{1.f, 2.f}, {-1.f, 0.5f}}));
     const auto y = slot(torch::tensor({1.f, 1.f, 2.f}));
-    const auto wanted = stabilised ? torch::tensor({11.6213207f, 23.6819801f}) : torch::tensor({11.f, 22.75f});
+    const auto wanted =
+        stabilised ? torch::tensor({11.6213207f, 23.6819801f}) : torch::tensor({11.f, 22.75f});
     CHECK(torch::allclose(y, wanted, 1e-6, 1e-6));
     merge(model);
-    if (!stabilised) CHECK(torch::equal(slot->weight().parts[0], torch::tensor({{4.f, 3.5f, 1.5f}, {2.875f, 5.375f, 7.5f}})));
+    if (!stabilised)
+      CHECK(torch::equal(slot->weight().parts[0],
+                         torch::tensor({{4.f, 3.5f, 1.5f}, {2.875f, 5.375f, 7.5f}})));
     CHECK(torch::allclose(slot(torch::tensor({1.f, 1.f, 2.f})), wanted, 1e-6, 1e-6));
     unmerge(model);
     CHECK(torch::equal(slot->weight().parts[0], w));
@@ -158,10 +164,12 @@ TEST_CASE("every place draws from a stream of its own") {
   OneSlot first, second;
   inject(first, config_of(2, 4), "default", 7);
   inject(second, config_of(2, 4), "default", 7);
-  CHECK(torch::equal(trainable_parameters(first)[0].second, trainable_parameters(second)[0].second));
+  CHECK(
+      torch::equal(trainable_parameters(first)[0].second, trainable_parameters(second)[0].second));
   OneSlot third;
   inject(third, config_of(2, 4), "default", 8);
-  CHECK_FALSE(torch::equal(trainable_parameters(first)[0].second, trainable_parameters(third)[0].second));
+  CHECK_FALSE(
+      torch::equal(trainable_parameters(first)[0].second, trainable_parameters(third)[0].second));
 }
 
 TEST_CASE("casting the module casts the base and leaves adapters usable") {
@@ -171,6 +179,6 @@ TEST_CASE("casting the module casts the base and leaves adapters usable") {
   const auto x = torch::randn({4, 3});
   const auto wanted = model.proj(x);
   model.to(at::kDouble);
-  CHECK(model.proj->weight().dtype() == at::kDouble);
+  CHECK((model.proj->weight().dtype() == at::kDouble));
   CHECK(torch::allclose(model.proj(x.to(at::kDouble)).to(at::kFloat), wanted, 1e-5, 1e-5));
 }
