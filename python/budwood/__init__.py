@@ -1,5 +1,7 @@
 """Budwood: parameter-efficient fine-tuning of torch models."""
 
+from pathlib import Path as _Path
+
 from .version_check import load_extension
 
 load_extension()
@@ -24,6 +26,9 @@ from .save_and_load import (  # noqa: E402
     set_peft_model_state_dict,
 )
 
+# For C++ users: cmake -DCMAKE_PREFIX_PATH=$(python -c 'import budwood; print(budwood.cmake_prefix_path)')
+cmake_prefix_path = str(_Path(__file__).parent)
+
 __all__ = [
     "AutoPeftModelForCausalLM",
     "Error",
@@ -39,6 +44,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "cmake_prefix_path",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
