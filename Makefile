@@ -56,10 +56,12 @@ $(VENV)/.ready: requirements-dev.txt | system
 build: $(VENV)/.installed
 $(VENV)/.installed: $(VENV)/.ready $(sources)
 	$(call say,Building Budwood ($(JOBS) jobs; a first build takes some minutes))
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(pip) install --no-build-isolation --no-deps -v \
-	  -C build-dir=$(BUILD) -C cmake.define.BUDWOOD_DEVELOPER_MODE=ON \
-	  . 2>&1 | grep --line-buffered -E '^\s*\[[0-9]+/[0-9]+\] (Build|Link)|warning:|error|Error|Successfully' ; \
-	  exit $${PIPESTATUS[0]}
+	@mkdir -p build
+	@set -o pipefail; CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(pip) install --no-build-isolation \
+	  --no-deps -v -C build-dir=$(BUILD) -C cmake.define.BUDWOOD_DEVELOPER_MODE=ON . 2>&1 \
+	  | tee build/build.log | { grep --line-buffered -E '^ *\[[0-9]+/[0-9]+\] (Build|Link)' || true; } \
+	  || { grep -B2 -A12 -E 'error|Error' build/build.log | tail -80; \
+	       echo 'The build failed; all of its output is in build/build.log'; exit 1; }
 	@touch $@
 
 demo: build
