@@ -29,8 +29,19 @@ PATHS = st.lists(SEGMENTS, min_size=1, max_size=6).map(".".join)
 TREES = st.lists(PATHS, min_size=1, max_size=25, unique=True)
 ENTRIES = st.lists(SEGMENTS, min_size=1, max_size=3).map(".".join)
 REGEXES = st.sampled_from(
-    [r".*\.q_proj", r"model\..*", r".*", r".*(q_proj|fc)", r"model\.layers\.[01]\..*proj", "x"]
-    + [r"(?i).*Q_PROJ", r".*\d+.*", r"^model.*proj$", r"(?!.*attn).*", r"\w+\Z"]
+    [
+        r".*\.q_proj",
+        r"model\..*",
+        r".*",
+        r".*(q_proj|fc)",
+        r"model\.layers\.[01]\..*proj",
+        "x",
+        r"(?i).*Q_PROJ",
+        r".*\d+.*",
+        r"^model.*proj$",
+        r"(?!.*attn).*",
+        r"\w+\Z",
+    ]
 )
 LAYER_NAMES = st.sampled_from(["layers", "h", "experts", "layers|h", "(layers|h)", "l.yers", "a"])
 
@@ -395,10 +406,42 @@ ATOMS = st.sampled_from(
         "_",
         "^",
         "$",
+        r"\b",
+        r"\B",
+        r"\Z",
+        r"\A",
+        r"\x61",
+        r"a{,2}",
+        "a{1",
+        "{",
+        "}",
+        "]",
+        "-",
+        r"\-",
+        r"\_",
+        " ",
+        "[a-c]",
+        "[[:alpha:]]",
+        r"\s",
+        "é",
+        "(?i:B)",
+        "(?=a)",
+        "(?!b)",
+        "(?<=a)",
+        "(?<!a)",
+        r"\1",
+        "(?P<n>a)",
+        "(?P=n)",
+        "(?#no)",
+        r"\t",
+        r"\v",
+        r"\0",
+        r"\h",
+        r"\K",
+        "(?R)",
+        r"\101",
+        "\\",
     ]
-    + [r"\b", r"\B", r"\Z", r"\A", r"\x61", r"a{,2}", "a{1", "{", "}", "]", "-", r"\-", r"\_", " "]
-    + ["[a-c]", "[[:alpha:]]", r"\s", "é", "(?i:B)", "(?=a)", "(?!b)", "(?<=a)", "(?<!a)", r"\1"]
-    + ["(?P<n>a)", "(?P=n)", "(?#no)", r"\t", r"\v", r"\0", r"\h", r"\K", "(?R)", r"\101", "\\"]
 )
 REPEATS = st.sampled_from(
     ["", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{1,}", "{,1}", "{0,2}?"]
@@ -430,16 +473,17 @@ def test_regular_expressions_mean_what_they_mean_in_python(pattern, texts):
     try:
         config = LoraConfig(target_modules=pattern)
     except Error as e:
-        # Bounds that Python does not have.
-        assert "lookbehind assertion is too" in str(e), (pattern, str(e))
-        return
+        if "lookbehind assertion is too" in str(e):  # a bound that Python does not have
+            return
+        raise
     expected = [text for text in texts if compiled.fullmatch(text)]
     try:
         matched = match_targets(config, linear(texts), strict=False)["matched"]
     except Error as e:
         if "too expensive" in str(e):
             return
-        assert "selects none" in str(e)
+        if "selects none" not in str(e):
+            raise
         matched = []
     assert matched == expected
 
