@@ -240,7 +240,7 @@ def test_an_unknown_option_names_the_nearest(name, nearest):
 def test_an_unknown_key_of_a_saved_folder_is_a_warning(tmp_path):
     text = {"peft_type": "LORA", "r": 4, "from_the_future": [1], "runtime_config": {}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(text))
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="is unknown and was ignored") as seen:
         config = PeftConfig.from_pretrained(tmp_path)
     assert "the key 'from_the_future' = [1] is unknown" in str(seen[0].message)
     assert config.r == 4
