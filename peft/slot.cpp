@@ -20,13 +20,13 @@ std::string join(const Range& names) {
   return text.empty() ? "none" : text;
 }
 
+std::string part_name(size_t i) { return i == 0 ? "weight" : fmt::format("weight_{}", i); }
+
 }  // namespace
 
 LinearSlotImpl::LinearSlotImpl(quant::Weight weight, at::Tensor bias) {
-  for (size_t i = 0; i < weight.parts.size(); ++i) {
-    const auto name = i == 0 ? std::string("weight") : fmt::format("weight_{}", i);
-    register_parameter(name, weight.parts[i], /*requires_grad=*/false);
-  }
+  for (size_t i = 0; i < weight.parts.size(); ++i)
+    register_parameter(part_name(i), weight.parts[i], /*requires_grad=*/false);
   if (bias.defined()) register_parameter("bias", bias, /*requires_grad=*/false);
   weight_ = std::move(weight);
   bias_ = std::move(bias);
@@ -163,22 +163,45 @@ void LinearSlotImpl::forget_base() {
 
 void LinearSlotImpl::set_weight(quant::Weight weight, at::Tensor bias) {
   auto& own = parameters_;
-  for (size_t i = 0; i < weight_.parts.size(); ++i)
-    own.erase(i == 0 ? std::string("weight") : fmt::format("weight_{}", i));
+  for (size_t i = 0; i < weight_.parts.size(); ++i) own.erase(part_name(i));
   if (own.contains("bias")) own.erase("bias");
   for (size_t i = 0; i < weight.parts.size(); ++i)
-    register_parameter(i == 0 ? std::string("weight") : fmt::format("weight_{}", i),
-                       weight.parts[i], false);
+    register_parameter(part_name(i), weight.parts[i], false);
   if (bias.defined()) register_parameter("bias", bias, false);
   weight_ = std::move(weight);
   bias_ = std::move(bias);
 }
 
+void LinearSlotImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  if (weight_.packed()) {
+    torch::nn::Module::to(device, non_blocking);
+    to(dtype, non_blocking);
+  } else {
+    torch::nn::Module::to(device, dtype, non_blocking);
+  }
+}
+
+void LinearSlotImpl::to(torch::Dtype dtype, bool non_blocking) {
+  if (!weight_.packed()) return torch::nn::Module::to(dtype, non_blocking);
+  for (auto& child : children()) child->to(dtype, non_blocking);
+  if (bias_.defined()) bias_.set_data(bias_.to(dtype, non_blocking));
+}
+
 EmbeddingSlotImpl::EmbeddingSlotImpl(quant::Weight weight) {
   for (size_t i = 0; i < weight.parts.size(); ++i)
-    register_parameter(i == 0 ? std::string("weight") : fmt::format("weight_{}", i),
-                       weight.parts[i], /*requires_grad=*/false);
+    register_parameter(part_name(i), weight.parts[i], /*requires_grad=*/false);
   weight_ = std::move(weight);
+}
+
+void EmbeddingSlotImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  if (weight_.packed())
+    torch::nn::Module::to(device, non_blocking);
+  else
+    torch::nn::Module::to(device, dtype, non_blocking);
+}
+
+void EmbeddingSlotImpl::to(torch::Dtype dtype, bool non_blocking) {
+  if (!weight_.packed()) torch::nn::Module::to(dtype, non_blocking);
 }
 
 at::Tensor EmbeddingSlotImpl::forward(const at::Tensor& ids, at::ScalarType dtype) {

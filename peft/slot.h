@@ -47,13 +47,19 @@ class LinearSlotImpl : public torch::nn::Module {
   void set_adapters_enabled(bool enabled) { enabled_ = enabled; }
 
   /// Folds the named adapters into a new dense weight: products and sum in fp64, one rounding to the
-  /// weight's dtype. The old weight is kept, so unmerge is exact. Throws on a non-finite result or
+  /// weight's dtype (float32 when it is packed). The old weight is kept, so unmerge is exact. Throws on a non-finite result or
   /// when something is already merged; then nothing has changed.
   void merge(const std::vector<std::string>& names);
   void unmerge();
   /// Makes a merge permanent: the old weight is released.
   void forget_base();
   const std::vector<std::string>& merged() const { return merged_; }
+
+  /// Casts as any module does, but leaves packed parts as they are: only their bias and adapters
+  /// follow.
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  using torch::nn::Module::to;
 
  private:
   struct Entry {
@@ -80,6 +86,11 @@ class EmbeddingSlotImpl : public torch::nn::Module {
   /// ids int64 [...] -> [..., dim] in the given dtype. Throws for an id outside the table.
   at::Tensor forward(const at::Tensor& ids, at::ScalarType dtype);
   const quant::Weight& weight() const { return weight_; }
+
+  /// As LinearSlot's.
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  using torch::nn::Module::to;
 
  private:
   quant::Weight weight_;

@@ -74,6 +74,8 @@ at::Tensor Weight::gather(const at::Tensor& ids, at::ScalarType dtype) const {
 
 at::ScalarType Weight::dtype() const { return form_of(format).dtype(*this); }
 
+bool Weight::packed() const { return form_of(format).packed(); }
+
 int64_t Weight::bytes() const {
   int64_t sum = 0;
   for (const auto& part : parts) sum += static_cast<int64_t>(part.nbytes());

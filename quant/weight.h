@@ -18,6 +18,30 @@ namespace budwood::quant {
 enum class Format : int64_t {
   dense = 0,             ///< parts = {W [out, in]}, fp32, bf16, fp16 or fp64
   dense_transposed = 1,  ///< parts = {Wᵀ [in, out]}, the storage of transformers' Conv1D
+
+  /// LLM.int8: parts = {codes int8 [out, in], largest magnitude of each row fp32 [out]}.
+  int8_rows = 2,
+  /// bitsandbytes' 4 bits (kernels/bnb4.h). parts = {codes uint8, (out * in + 1) / 2 bytes of any
+  /// shape, absmax fp32 [blocks], block size int64 [1]}; with doubly quantised scales {codes, absmax
+  /// codes uint8 [blocks], block size, nested absmax fp32 [ceil(blocks / 256)], map fp32 [256],
+  /// offset fp32 [1]}.
+  nf4 = 3,
+  fp4 = 4,
+  /// Group-affine integers (kernels/affine.h): parts = {codes uint8 [out, bytes of a row], scales
+  /// fp32 [out, groups], zeros fp32 or uint8 [out, groups], group size int64 [1]}.
+  affine4 = 5,
+  affine8 = 6,
+
+  /// Blocks of GGUF files (kernels/gguf_blocks.h): 16 + the file format's own type number.
+  /// parts = {uint8 [out, bytes of a row]}.
+  gguf_q4_0 = 18,
+  gguf_q4_1 = 19,
+  gguf_q5_0 = 22,
+  gguf_q5_1 = 23,
+  gguf_q8_0 = 24,
+  gguf_q4_k = 28,
+  gguf_q5_k = 29,
+  gguf_q6_k = 30,
 };
 
 /// One frozen matrix, flat, as it travels through operators. Cheap to copy: tensors are shared.
@@ -45,8 +69,10 @@ struct Weight {
   /// Rows chosen by ids (int64, any shape): [..., in]. What an embedding table does.
   at::Tensor gather(const at::Tensor& ids, at::ScalarType dtype) const;
 
-  /// dtype of the values the weight stands for.
+  /// dtype of the values the weight stands for; float32 for packed ones.
   at::ScalarType dtype() const;
+  /// True when the parts are codes, which no cast of a module may touch.
+  bool packed() const;
   /// Bytes of all parts.
   int64_t bytes() const;
 };
@@ -65,6 +91,7 @@ class WeightForm {
                           at::ScalarType dtype) const = 0;
   virtual at::Tensor gather(const Weight& w, const at::Tensor& ids, at::ScalarType dtype) const;
   virtual at::ScalarType dtype(const Weight& w) const = 0;
+  virtual bool packed() const { return false; }
 };
 
 /// Adds a form; called from a static object in the form's own source file.

@@ -7,11 +7,12 @@
 
 namespace budwood::models {
 
-/// Weights of a GGUF file under transformers' names. Quantised blocks are decoded to `dtype`;
-/// the rows of q and k of architecture "llama" are put back into transformers' rotary order.
+/// Weights of a GGUF file under transformers' names. Blocks are decoded to `dtype`, or with `packed`
+/// matrices are views of the mapped file; the rows of q and k of architecture "llama" are put back
+/// into transformers' rotary order (a copy of those rows, packed or not).
 class GgufSource final : public WeightSource {
  public:
-  GgufSource(const std::string& path, at::ScalarType dtype);
+  GgufSource(const std::string& path, at::ScalarType dtype, bool packed = false);
 
   /// The configuration that the file's metadata describe.
   const ModelConfig& config() const { return config_; }
@@ -23,11 +24,14 @@ class GgufSource final : public WeightSource {
   std::vector<std::string> unused() const override;
 
  private:
+  const io::GgufTensor& find(const std::string& name, at::IntArrayRef shape);
   at::Tensor read(const std::string& name, at::IntArrayRef shape);
+  at::Tensor in_rotary_order(const std::string& name, const at::Tensor& rows) const;
 
   io::GgufFile file_;
   ModelConfig config_;
   at::ScalarType dtype_;
+  bool packed_;
   std::set<std::string> used_;
 };
 

@@ -3,6 +3,7 @@
 
 #include <budwood/peft/models/gguf_source.h>
 #include <budwood/peft/models/hf_source.h>
+#include <budwood/peft/models/quantizing_source.h>
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
@@ -45,6 +46,33 @@ void require_all_used(const WeightSource& source, const ModelConfig& config, con
                                   fmt::join(strays, ", "), count > strays.size() ? ", ..." : ""));
 }
 
+bool wants_packed(const std::string& path, bool folder, const LoadOptions& options) {
+  if (!options.quantize.empty()) quant::require_quantizable(options.quantize);
+  if (options.weights == "dense") return false;
+  if (options.weights != "packed")
+    throw Error("load", fmt::format("weights is 'dense' or 'packed', found '{}'", options.weights));
+  if (folder)
+    throw Error("load", fmt::format("'{}' is a folder: only the blocks of a GGUF file can be used packed; "
+                                    "quantize='nf4' packs a folder's weights while loading", path));
+  if (!options.quantize.empty())
+    throw Error("load", fmt::format("packed weights are quantised already: take weights='dense' with "
+                                    "quantize='{}'", options.quantize));
+  return true;
+}
+
+std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source, const std::string& path,
+                                     const LoadOptions& options) {
+  std::shared_ptr<CausalLM> model;
+  if (options.quantize.empty()) {
+    model = build(std::move(config), source);
+  } else {
+    QuantizingSource quantizing(source, {.format = options.quantize}, options.quantize_skip);
+    model = build(std::move(config), quantizing);
+  }
+  require_all_used(source, model->config(), path);
+  return model;
+}
+
 }  // namespace
 
 bool register_model(const std::string& model_type, ModelFactory factory) {
@@ -67,19 +95,16 @@ ModelConfig read_config(const std::string& path) {
 
 std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& options) {
   require_exists(path);
+  const bool folder = fs::is_directory(path), packed = wants_packed(path, folder, options);
   std::optional<at::ScalarType> dtype;
   if (options.dtype != "auto") dtype = scalar_type_of(options.dtype);
-  if (!fs::is_directory(path)) {
-    GgufSource source(path, dtype.value_or(at::kFloat));
-    auto model = build(source.config(), source);
-    require_all_used(source, model->config(), path);
-    return model;
+  if (!folder) {
+    GgufSource source(path, dtype.value_or(at::kFloat), packed);
+    return build_from(source.config(), source, path, options);
   }
   auto config = folder_config(path);
   HfSource source(path, dtype);
-  auto model = build(std::move(config), source);
-  require_all_used(source, model->config(), path);
-  return model;
+  return build_from(std::move(config), source, path, options);
 }
 
 }  // namespace budwood::models

@@ -14,6 +14,14 @@ struct LoadOptions {
   /// or "float32", "bfloat16", "float16". Weights whose dtype is unchanged are used straight from
   /// the mapped file.
   std::string dtype = "auto";
+  /// "dense" decodes the blocks of a GGUF file; "packed" multiplies them as they lie in the mapped
+  /// file, and dtype is then that of activations. A folder has no blocks.
+  std::string weights = "dense";
+  /// Quantises each matrix while loading: "nf4", "fp4", "int8", "int4", "affine8" (quant/quantize.h);
+  /// empty = not.
+  std::string quantize;
+  /// Matrices whose names contain one of these are left as they are.
+  std::vector<std::string> quantize_skip = {"lm_head", "embed"};
 };
 
 /// A model from a Hugging Face folder (config.json, safetensors, sharded or not) or a GGUF file.

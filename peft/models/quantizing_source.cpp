@@ -1,0 +1,27 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <budwood/peft/models/quantizing_source.h>
+#include <budwood/quant/error.h>
+
+namespace budwood::models {
+
+QuantizingSource::QuantizingSource(WeightSource& source, quant::QuantizeOptions options,
+                                   std::vector<std::string> skip)
+    : source_(source), options_(std::move(options)), skip_(std::move(skip)) {}
+
+quant::Weight QuantizingSource::matrix(const std::string& name, int64_t out, int64_t in) {
+  auto weight = source_.matrix(name, out, in);
+  const bool skipped = std::any_of(skip_.begin(), skip_.end(), [&](const std::string& part) {
+    return name.find(part) != std::string::npos;
+  });
+  if (skipped) return weight;
+  try {
+    return quant::quantize(weight.rows(0, out, weight.dtype()), options_);
+  } catch (const Error& e) {
+    throw Error("load", fmt::format("the tensor '{}' cannot be quantised: {}", name, e.what()));
+  }
+}
+
+}  // namespace budwood::models

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <budwood/peft/models/weight_source.h>
+#include <budwood/quant/quantize.h>
+
+namespace budwood::models {
+
+/// Another source whose matrices are quantised one by one as they are asked for; vectors are not,
+/// nor are matrices whose names contain one of `skip`. The other source outlives it.
+class QuantizingSource final : public WeightSource {
+ public:
+  QuantizingSource(WeightSource& source, quant::QuantizeOptions options, std::vector<std::string> skip);
+
+  bool has(const std::string& name) const override { return source_.has(name); }
+  quant::Weight matrix(const std::string& name, int64_t out, int64_t in) override;
+  at::Tensor vector(const std::string& name, int64_t size) override { return source_.vector(name, size); }
+  at::ScalarType dtype() const override { return source_.dtype(); }
+  std::vector<std::string> unused() const override { return source_.unused(); }
+
+ private:
+  WeightSource& source_;
+  quant::QuantizeOptions options_;
+  std::vector<std::string> skip_;
+};
+
+}  // namespace budwood::models

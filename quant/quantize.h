@@ -1,0 +1,28 @@
+#pragma once
+
+#include <budwood/quant/weight.h>
+#include <string>
+
+/// Plain matrices to packed weights, rounding to nearest.
+namespace budwood::quant {
+
+struct QuantizeOptions {
+  /// "nf4", "fp4": bitsandbytes' 4 bits, blocks of the flat matrix (QLoRA, arXiv 2305.14314).
+  /// "int8": LLM.int8, one scale per row (arXiv 2208.07339).
+  /// "int4", "affine8": unsigned integers with a scale and a zero point per group of a row.
+  std::string format = "nf4";
+  /// Elements that share a scale; for nf4 and fp4 a power of two from 32 to 4096. Not for int8.
+  int64_t block_size = 64;
+  /// nf4 and fp4 only: the scales are themselves quantised to 8 bits.
+  bool double_quant = false;
+};
+
+/// W [out, in], floating point, on the CPU. fp32 is the widest working copy and only a panel of it
+/// exists at a time. NaN, infinity and values whose scale overflows are Errors that name row and
+/// column. With nf4 and fp4, codes are [out, in / 2] when rows are whole blocks, else flat.
+Weight quantize(const at::Tensor& w, const QuantizeOptions& options = {});
+
+/// Throws Error for a format that quantize() does not know.
+void require_quantizable(const std::string& format);
+
+}  // namespace budwood::quant
