@@ -14,20 +14,25 @@ RopeConfig read_rope(const io::GgufFile& file, const std::string& arch, int64_t 
                      int64_t head_dim) {
   RopeConfig rope;
   rope.theta = file.get_f32(arch + ".rope.freq_base", 10000.0f);
-  const auto dimensions = file.get_u32(arch + ".rope.dimension_count", static_cast<uint32_t>(head_dim));
+  const auto dimensions =
+      file.get_u32(arch + ".rope.dimension_count", static_cast<uint32_t>(head_dim));
   if (static_cast<int64_t>(dimensions) != head_dim)
-    throw Error("gguf", fmt::format("rope over {} of {} dimensions of a head is not supported", dimensions, head_dim));
+    throw Error("gguf", fmt::format("rope over {} of {} dimensions of a head is not supported",
+                                    dimensions, head_dim));
   const auto type = file.get_string(arch + ".rope.scaling.type", "none");
   if (type != "none") {
     if (type != "linear" && type != "yarn")
-      throw Error("gguf", fmt::format("rope scaling '{}' is not supported; supported: none, linear, yarn", type));
+      throw Error(
+          "gguf",
+          fmt::format("rope scaling '{}' is not supported; supported: none, linear, yarn", type));
     rope.type = type;
     rope.factor = file.get_f32(arch + ".rope.scaling.factor");
-    rope.original_max_position =
-        file.get_u32(arch + ".rope.scaling.original_context_length", static_cast<uint32_t>(context));
+    rope.original_max_position = file.get_u32(arch + ".rope.scaling.original_context_length",
+                                              static_cast<uint32_t>(context));
   }
   if (const auto* divisors = file.find("rope_freqs.weight")) {
-    if (divisors->type != io::GgmlType::f32 || divisors->shape != std::vector<int64_t>{head_dim / 2})
+    if (divisors->type != io::GgmlType::f32 ||
+        divisors->shape != std::vector<int64_t>{head_dim / 2})
       throw Error("gguf", fmt::format("rope_freqs.weight is F32 [{}]", head_dim / 2));
     rope.frequency_divisors.resize(static_cast<size_t>(head_dim / 2));
     std::memcpy(rope.frequency_divisors.data(), divisors->data, divisors->bytes);
@@ -48,7 +53,8 @@ int64_t size_of(const io::GgufFile& file, const std::string& key) {
     const auto sizes = file.get_integers(key);
     for (const auto size : sizes)
       if (size != sizes.front())
-        throw Error("gguf", fmt::format("'{}' differs from layer to layer, which is not supported", key));
+        throw Error("gguf",
+                    fmt::format("'{}' differs from layer to layer, which is not supported", key));
     if (!sizes.empty()) return sizes.front();
   }
   return file.get_u32(key);
@@ -58,22 +64,29 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
   const auto arch = file.get_string("general.architecture");
   ModelConfig c;
   c.model_type = arch;
-  if (arch == "llama") c.architecture = "LlamaForCausalLM";
-  else if (arch == "qwen2") c.architecture = "Qwen2ForCausalLM";
-  else if (arch == "qwen3") c.architecture = "Qwen3ForCausalLM";
+  if (arch == "llama")
+    c.architecture = "LlamaForCausalLM";
+  else if (arch == "qwen2")
+    c.architecture = "Qwen2ForCausalLM";
+  else if (arch == "qwen3")
+    c.architecture = "Qwen3ForCausalLM";
   else
-    throw Error("gguf", fmt::format("architecture '{}' is not supported; supported: llama, qwen2, qwen3", arch));
+    throw Error(
+        "gguf",
+        fmt::format("architecture '{}' is not supported; supported: llama, qwen2, qwen3", arch));
   if (file.has(arch + ".expert_count") && file.get_u32(arch + ".expert_count") > 0)
     throw Error("gguf", "mixtures of experts are not supported");
   const auto* table = file.find("token_embd.weight");
-  if (!table || table->shape.size() != 2) throw Error("gguf", "the matrix 'token_embd.weight' is missing");
+  if (!table || table->shape.size() != 2)
+    throw Error("gguf", "the matrix 'token_embd.weight' is missing");
   c.vocab_size = table->shape[0];
   c.num_hidden_layers = file.get_u32(arch + ".block_count");
   c.max_position_embeddings = file.get_u32(arch + ".context_length");
   c.hidden_size = file.get_u32(arch + ".embedding_length");
   c.intermediate_size = size_of(file, arch + ".feed_forward_length");
   c.num_attention_heads = size_of(file, arch + ".attention.head_count");
-  if (c.num_attention_heads < 1 || c.hidden_size < 1) throw Error("gguf", "a model has heads and a width");
+  if (c.num_attention_heads < 1 || c.hidden_size < 1)
+    throw Error("gguf", "a model has heads and a width");
   c.num_key_value_heads = file.has(arch + ".attention.head_count_kv")
                               ? size_of(file, arch + ".attention.head_count_kv")
                               : c.num_attention_heads;
@@ -82,10 +95,12 @@ ModelConfig read_gguf_config(const io::GgufFile& file) {
                                     c.num_attention_heads, c.num_key_value_heads));
   const auto key = arch + ".attention.key_length";
   c.head_dim = file.has(key) ? file.get_u32(key) : c.hidden_size / c.num_attention_heads;
-  if (file.get_u32(arch + ".attention.value_length", static_cast<uint32_t>(c.head_dim)) != c.head_dim)
+  if (file.get_u32(arch + ".attention.value_length", static_cast<uint32_t>(c.head_dim)) !=
+      c.head_dim)
     throw Error("gguf", "value heads of another size than key heads are not supported");
   if (c.head_dim < 2 || c.head_dim % 2 != 0)
-    throw Error("gguf", fmt::format("a head has an even number of dimensions, found {}", c.head_dim));
+    throw Error("gguf",
+                fmt::format("a head has an even number of dimensions, found {}", c.head_dim));
   c.rms_norm_eps = file.get_f32(arch + ".attention.layer_norm_rms_epsilon");
   c.attention_bias = file.find("blk.0.attn_q.bias") != nullptr;
   c.attention_out_bias = file.find("blk.0.attn_output.bias") != nullptr;
@@ -110,7 +125,8 @@ at::Tensor decode(const io::GgufTensor& tensor, at::ScalarType dtype, const std:
   auto flat = result.view({rows, cols});
   auto buffer = at::empty({cols}, at::kFloat);
   for (int64_t r = 0; r < rows; ++r) {
-    float* target = dtype == at::kFloat ? flat.data_ptr<float>() + r * cols : buffer.data_ptr<float>();
+    float* target =
+        dtype == at::kFloat ? flat.data_ptr<float>() + r * cols : buffer.data_ptr<float>();
     quant::kernels::dequantize_row(type, tensor.data + r * bytes, target, cols);
     if (dtype != at::kFloat) flat[r].copy_(buffer);
   }
@@ -130,13 +146,16 @@ GgufSource::GgufSource(const std::string& path, at::ScalarType dtype)
   used_.insert("rope_freqs.weight");
 }
 
-bool GgufSource::has(const std::string& name) const { return file_.find(gguf_name(name)) != nullptr; }
+bool GgufSource::has(const std::string& name) const {
+  return file_.find(gguf_name(name)) != nullptr;
+}
 
 at::Tensor GgufSource::read(const std::string& name, at::IntArrayRef shape) {
   const auto theirs = gguf_name(name);
   const auto* tensor = file_.find(theirs);
   if (!tensor)
-    throw Error("load", fmt::format("{}: the tensor '{}' is missing", file_.path().string(), theirs));
+    throw Error("load",
+                fmt::format("{}: the tensor '{}' is missing", file_.path().string(), theirs));
   if (at::IntArrayRef(tensor->shape) != shape)
     throw Error("load", fmt::format("{}: the tensor '{}' has shape [{}], the metadata want [{}]",
                                     file_.path().string(), theirs, fmt::join(tensor->shape, ", "),
@@ -147,8 +166,10 @@ at::Tensor GgufSource::read(const std::string& name, at::IntArrayRef shape) {
     throw Error("load", fmt::format("{}: the tensor '{}' holds values that are not finite",
                                     file_.path().string(), theirs));
   if (config_.model_type != "llama") return values;
-  if (name.find(".q_proj.") != std::string::npos) return rotary_order(values, config_.num_attention_heads);
-  if (name.find(".k_proj.") != std::string::npos) return rotary_order(values, config_.num_key_value_heads);
+  if (name.find(".q_proj.") != std::string::npos)
+    return rotary_order(values, config_.num_attention_heads);
+  if (name.find(".k_proj.") != std::string::npos)
+    return rotary_order(values, config_.num_key_value_heads);
   return values;
 }
 
@@ -156,7 +177,9 @@ quant::Weight GgufSource::matrix(const std::string& name, int64_t out, int64_t i
   return quant::Weight::dense(read(name, {out, in}));
 }
 
-at::Tensor GgufSource::vector(const std::string& name, int64_t size) { return read(name, {size}); }
+at::Tensor GgufSource::vector(const std::string& name, int64_t size) {
+  return read(name, {size});
+}
 
 std::vector<std::string> GgufSource::unused() const {
   std::vector<std::string> names;

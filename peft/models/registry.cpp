@@ -20,16 +20,20 @@ std::map<std::string, ModelFactory>& factories() {
 
 void require_exists(const std::string& path) {
   if (!fs::exists(path))
-    throw Error("load", fmt::format("'{}' does not exist; wanted a Hugging Face folder or a GGUF file", path));
+    throw Error(
+        "load",
+        fmt::format("'{}' does not exist; wanted a Hugging Face folder or a GGUF file", path));
 }
 
 ModelConfig folder_config(const fs::path& folder) {
   const auto file = folder / "config.json";
-  if (!fs::exists(file)) throw Error("load", fmt::format("'{}' has no config.json", folder.string()));
+  if (!fs::exists(file))
+    throw Error("load", fmt::format("'{}' has no config.json", folder.string()));
   return ModelConfig::from_json(io::read_file(file));
 }
 
-void require_all_used(const WeightSource& source, const ModelConfig& config, const std::string& path) {
+void require_all_used(const WeightSource& source, const ModelConfig& config,
+                      const std::string& path) {
   std::vector<std::string> strays;
   for (const auto& name : source.unused()) {
     // A tied head is sometimes stored again, and old files carry the rotary table.
@@ -40,8 +44,8 @@ void require_all_used(const WeightSource& source, const ModelConfig& config, con
   if (strays.empty()) return;
   const auto count = strays.size();
   if (strays.size() > 10) strays.resize(10);
-  throw Error("load", fmt::format("{}: {} tensors do not belong to a {} model of {} layers: {}{}", path,
-                                  count, config.model_type, config.num_hidden_layers,
+  throw Error("load", fmt::format("{}: {} tensors do not belong to a {} model of {} layers: {}{}",
+                                  path, count, config.model_type, config.num_hidden_layers,
                                   fmt::join(strays, ", "), count > strays.size() ? ", ..." : ""));
 }
 

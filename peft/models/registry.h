@@ -24,7 +24,7 @@ std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& optio
 ModelConfig read_config(const std::string& path);
 
 struct SaveOptions {
-  std::string dtype = "auto";          ///< "auto" keeps each weight's own
+  std::string dtype = "auto";              ///< "auto" keeps each weight's own
   int64_t max_shard_size = 5'000'000'000;  ///< bytes of one file
   /// Folder or GGUF file the model came from: tokeniser files are carried over (or written from the
   /// GGUF's metadata). Empty = none.
