@@ -168,8 +168,11 @@ def main() -> None:
                 peaks[name].append(result["peak_mb"])
                 loss[name] = result["loss"]
                 if not args.json:
-                    print(f"round {number + 1}/{args.rounds}  {name:15} "
-                          f"{min(result['seconds']):6.2f} s/step", flush=True)
+                    print(
+                        f"round {number + 1}/{args.rounds}  {name:15} "
+                        f"{min(result['seconds']):6.2f} s/step",
+                        flush=True,
+                    )
     report(args, seconds, peaks, loss)
 
 
@@ -191,20 +194,32 @@ def report(args, seconds, peaks, loss) -> None:
             "memory_ratio": statistics.median(peaks[name]) / statistics.median(peaks["peft"]),
             "first_loss": loss[name],
         }
-    context = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__,
-               "batch": args.batch, "length": args.length, "rank": args.rank}
+    context = {
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "batch": args.batch,
+        "length": args.length,
+        "rank": args.rank,
+    }
     if args.json:
         print(json.dumps({"context": context, "rows": rows}, indent=2))
         return
-    print(f"\nLoRA r{args.rank} on all 7 projections, fp32, {args.batch} x {args.length} tokens, "
-          f"{args.threads} threads, {context['cpu']}, torch {context['torch']}, default allocator")
-    print(f"{'':15} {'s/step':>8} {'(min-max)':>15} {'tok/s':>8} {'speed':>7} {'peak MB':>9} "
-          f"{'memory':>7}  first loss")
+    print(
+        f"\nLoRA r{args.rank} on all 7 projections, fp32, {args.batch} x {args.length} tokens, "
+        f"{args.threads} threads, {context['cpu']}, torch {context['torch']}, default allocator"
+    )
+    print(
+        f"{'':15} {'s/step':>8} {'(min-max)':>15} {'tok/s':>8} {'speed':>7} {'peak MB':>9} "
+        f"{'memory':>7}  first loss"
+    )
     for name, row in rows.items():
         spread = f"({row['seconds_min']:.2f}-{row['seconds_max']:.2f})"
-        print(f"{name:15} {row['seconds']:8.2f} {spread:>15} {row['tokens_per_second']:8.0f} "
-              f"{row['speed_ratio']:6.2f}x {row['peak_mb']:9.0f} {row['memory_ratio']:6.2f}x  "
-              f"{row['first_loss']:.6f}")
+        print(
+            f"{name:15} {row['seconds']:8.2f} {spread:>15} {row['tokens_per_second']:8.0f} "
+            f"{row['speed_ratio']:6.2f}x {row['peak_mb']:9.0f} {row['memory_ratio']:6.2f}x  "
+            f"{row['first_loss']:.6f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-#include <torch/csrc/utils/pybind.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <budwood/peft/inspect.h>
 #include <budwood/peft/io/gguf_tokenizer.h>
@@ -16,7 +16,7 @@ void bind_files(py::module_& m) {
       py::arg("gguf"), py::arg("folder"),
       "Writes Hugging Face tokeniser files from the metadata of a GGUF file.");
   m.def(
-      "inspect",
-      [](const std::filesystem::path& path) { return budwood::inspect(path); }, py::arg("path"),
+      "inspect", [](const std::filesystem::path& path) { return budwood::inspect(path); },
+      py::arg("path"),
       "What a file or folder is, as JSON text: an adapter, a safetensors or GGUF file, a model.");
 }

@@ -1,6 +1,6 @@
-#include <torch/csrc/utils/pybind.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <budwood/peft/models/generate.h>
 #include <budwood/peft/models/registry.h>
@@ -30,8 +30,14 @@ std::vector<int64_t> run_generate(CausalLM& model, const std::vector<int64_t>& i
                                   int64_t max_new_tokens, double temperature, int64_t top_k,
                                   double top_p, double repetition_penalty, uint64_t seed,
                                   std::vector<int64_t> eos_ids, const py::object& callback) {
-  GenerateOptions options{max_new_tokens, temperature,        top_k, top_p, repetition_penalty, seed,
-                          std::move(eos_ids), token_callback(callback)};
+  GenerateOptions options{max_new_tokens,
+                          temperature,
+                          top_k,
+                          top_p,
+                          repetition_penalty,
+                          seed,
+                          std::move(eos_ids),
+                          token_callback(callback)};
   py::gil_scoped_release released;
   return generate(model, ids, options);
 }
@@ -60,29 +66,35 @@ void bind_models(py::module_& m) {
   py::class_<CausalLM, std::shared_ptr<CausalLM>>(
       m, "CausalLM", "A causal language model in C++, built from slots; see load_model.")
       .def_property_readonly(
-          "config", [](const CausalLM& model) { return config_dict(model.config(), model.dtype()); })
-      .def_property_readonly("dtype",
-                             [](const CausalLM& model) { return budwood::dtype_text(model.dtype()); })
+          "config",
+          [](const CausalLM& model) { return config_dict(model.config(), model.dtype()); })
+      .def_property_readonly(
+          "dtype", [](const CausalLM& model) { return budwood::dtype_text(model.dtype()); })
       .def("forward", &CausalLM::forward, py::arg("ids"), py::call_guard<py::gil_scoped_release>(),
            "ids int64 [n, t] -> logits [n, t, vocabulary].")
       .def("__call__", &CausalLM::forward, py::arg("ids"), py::call_guard<py::gil_scoped_release>())
-      .def("hidden", [](CausalLM& model, const TokenBatch& batch) { return model.hidden(batch); },
-           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "hidden", [](CausalLM& model, const TokenBatch& batch) { return model.hidden(batch); },
+          py::call_guard<py::gil_scoped_release>())
       .def("logits", &CausalLM::logits, py::call_guard<py::gil_scoped_release>())
       .def("loss", &CausalLM::loss, py::arg("batch"), py::arg("labels"),
            py::call_guard<py::gil_scoped_release>(),
            "Next-token cross-entropy over already shifted labels int64 [tokens], -100 = ignored.")
-      .def("train", [](CausalLM& model, bool on) { model.train(on); }, py::arg("mode") = true)
+      .def(
+          "train", [](CausalLM& model, bool on) { model.train(on); }, py::arg("mode") = true)
       .def("eval", [](CausalLM& model) { model.eval(); })
       .def("named_parameters", [](const CausalLM& model) {
         std::vector<std::pair<std::string, at::Tensor>> all;
-        for (const auto& item : model.named_parameters()) all.emplace_back(item.key(), item.value());
+        for (const auto& item : model.named_parameters())
+          all.emplace_back(item.key(), item.value());
         return all;
       });
 
   m.def(
       "load_model",
-      [](const std::string& path, const std::string& dtype) { return load(path, {.dtype = dtype}); },
+      [](const std::string& path, const std::string& dtype) {
+        return load(path, {.dtype = dtype});
+      },
       py::arg("path"), py::arg("dtype") = "auto", py::call_guard<py::gil_scoped_release>(),
       "A model from a Hugging Face folder or a GGUF file.\n\n"
       "dtype: 'auto' (what the file holds; float32 for a GGUF), 'float32', 'bfloat16', 'float16'.");
@@ -95,12 +107,13 @@ void bind_models(py::module_& m) {
          const std::string& tokenizer_from, int64_t max_shard_size) {
         save(model, folder, {dtype, max_shard_size, tokenizer_from});
       },
-      py::arg("model"), py::arg("folder"), py::arg("dtype") = "auto", py::arg("tokenizer_from") = "",
-      py::arg("max_shard_size") = 5'000'000'000, py::call_guard<py::gil_scoped_release>(),
+      py::arg("model"), py::arg("folder"), py::arg("dtype") = "auto",
+      py::arg("tokenizer_from") = "", py::arg("max_shard_size") = 5'000'000'000,
+      py::call_guard<py::gil_scoped_release>(),
       "The model as a Hugging Face folder that transformers opens.");
-  m.def("generate", &run_generate, py::arg("model"), py::arg("ids"), py::arg("max_new_tokens") = 128,
-        py::arg("temperature") = 0.0, py::arg("top_k") = 0, py::arg("top_p") = 1.0,
-        py::arg("repetition_penalty") = 1.0, py::arg("seed") = 0,
+  m.def("generate", &run_generate, py::arg("model"), py::arg("ids"),
+        py::arg("max_new_tokens") = 128, py::arg("temperature") = 0.0, py::arg("top_k") = 0,
+        py::arg("top_p") = 1.0, py::arg("repetition_penalty") = 1.0, py::arg("seed") = 0,
         py::arg("eos_ids") = std::vector<int64_t>{}, py::arg("callback") = py::none(),
         "Continues a prompt with a key/value cache; returns the new tokens.\n\n"
         "temperature 0 is greedy. callback(token) may return False to stop.");

@@ -45,12 +45,13 @@ class LinearAdapter : public Adapter {
  public:
   using Adapter::Adapter;
 
-  /// y [..., out] is the slot's result so far for x [..., in]; returns the result with this adapter.
+  /// y [..., out] is the slot's result so far for x [..., in]; returns the result with this
+  /// adapter.
   virtual at::Tensor forward(const LinearSlotImpl& slot, const at::Tensor& x, at::Tensor y) = 0;
   /// The whole adapter as one low-rank term, when it is nothing else for this call (no dropout).
   virtual std::optional<LowRank> low_rank() const { return {}; }
-  /// Rows [begin, begin + rows.size(0)) of the base weight in fp64 -> the same rows with the adapter
-  /// folded in. Throws Error for a method that cannot be merged.
+  /// Rows [begin, begin + rows.size(0)) of the base weight in fp64 -> the same rows with the
+  /// adapter folded in. Throws Error for a method that cannot be merged.
   virtual at::Tensor merge_rows(const at::Tensor& rows, int64_t begin) const = 0;
   /// The bias with the adapter folded in; an undefined tensor stands for no bias.
   virtual at::Tensor merge_bias(const at::Tensor& bias) const { return bias; }

@@ -21,8 +21,8 @@ constexpr const char* kPrivate = "budwood.";
 
 struct Collected {
   std::shared_ptr<const AdapterConfig> config;
-  std::vector<std::string> paths;               // adapted places
-  std::map<std::string, at::Tensor> tensors;    // by key in the file
+  std::vector<std::string> paths;             // adapted places
+  std::map<std::string, at::Tensor> tensors;  // by key in the file
 };
 
 // The tensors that the file of this adapter holds; writing into them changes the adapter.
@@ -58,15 +58,19 @@ NamedTensors read_bin(const fs::path& path) {
   try {
     value = torch::jit::pickle_load(std::vector<char>(bytes.begin(), bytes.end()));
   } catch (const std::exception& e) {
-    throw Error("load_adapter", fmt::format("{} is not a file of tensors: {}", path.string(), e.what()));
+    throw Error("load_adapter",
+                fmt::format("{} is not a file of tensors: {}", path.string(), e.what()));
   }
   if (!value.isGenericDict())
-    throw Error("load_adapter", fmt::format("{} is not a plain dictionary of tensors: save it again "
-                                            "as safetensors", path.string()));
+    throw Error("load_adapter",
+                fmt::format("{} is not a plain dictionary of tensors: save it again "
+                            "as safetensors",
+                            path.string()));
   NamedTensors tensors;
   for (const auto& entry : value.toGenericDict()) {
     if (!entry.key().isString() || !entry.value().isTensor())
-      throw Error("load_adapter", fmt::format("{} holds something that is not a named tensor", path.string()));
+      throw Error("load_adapter",
+                  fmt::format("{} holds something that is not a named tensor", path.string()));
     tensors.emplace_back(entry.key().toStringRef(), entry.value().toTensor());
   }
   return tensors;
@@ -80,7 +84,8 @@ NamedTensors read_weights(const fs::path& folder) {
     return tensors;
   }
   if (fs::exists(folder / "adapter_model.bin")) return read_bin(folder / "adapter_model.bin");
-  throw Error("load_adapter", fmt::format("{} has neither {} nor adapter_model.bin", folder.string(), kWeights));
+  throw Error("load_adapter",
+              fmt::format("{} has neither {} nor adapter_model.bin", folder.string(), kWeights));
 }
 
 // HF PEFT stores the frozen table of an adapted head along; it takes the place of the model's own.
@@ -97,9 +102,11 @@ std::set<std::string> take_tables(torch::nn::Module& model, const std::string& n
       if (tensor.sizes() != at::IntArrayRef({own.out, own.in}))
         throw Error("load_adapter",
                     fmt::format("{} is {}, this model wants [{}, {}]: the vocabularies differ", key,
-                                io::shape_text({tensor.sizes().data(), tensor.sizes().size()}), own.out, own.in));
+                                io::shape_text({tensor.sizes().data(), tensor.sizes().size()}),
+                                own.out, own.in));
       const auto table = tensor.to(own.dtype());
-      if (!table.equal(own.rows(0, own.out, own.dtype()))) slot->replace_weight(quant::Weight::dense(table));
+      if (!table.equal(own.rows(0, own.out, own.dtype())))
+        slot->replace_weight(quant::Weight::dense(table));
       keys.insert(key);
     }
   }
@@ -148,11 +155,14 @@ void save_adapter(torch::nn::Module& model, const std::string& folder, const std
   NamedTensors tensors;
   for (const auto& [key, tensor] : all.tensors) {
     if (!tensor.isfinite().all().item<bool>())
-      throw Error("save_adapter", fmt::format("'{}' holds NaN or infinity: nothing was written", key));
+      throw Error("save_adapter",
+                  fmt::format("'{}' holds NaN or infinity: nothing was written", key));
     tensors.emplace_back(key, tensor);
   }
+  const auto config = all.config->clone();
+  config->inference_mode = true;  // as HF PEFT saves it
   io::AtomicFolder out(folder, io::Existing::keep_others);
-  io::write_file(out.path() / "adapter_config.json", all.config->to_json());
+  io::write_file(out.path() / "adapter_config.json", config->to_json());
   write_tensors(out.path() / kWeights, tensors);
   out.commit();
 }

@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
-#include <algorithm>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/inject_matched.h>
 #include <budwood/peft/method.h>
@@ -10,6 +9,7 @@
 #include <budwood/peft/slot.h>
 #include <budwood/peft/targets.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 #include <map>
 
 namespace budwood {
@@ -69,7 +69,8 @@ std::string known_adapters(torch::nn::Module& model) {
 void require_known(torch::nn::Module& model, const std::string& name, const char* where) {
   for (const auto& [path, slot] : linear_slots(model))
     if (slot->adapter(name)) return;
-  throw Error(where, fmt::format("no adapter named '{}'; attached: {}", name, known_adapters(model)));
+  throw Error(where,
+              fmt::format("no adapter named '{}'; attached: {}", name, known_adapters(model)));
 }
 
 std::shared_ptr<LinearAdapter> first_adapter(torch::nn::Module& model, const std::string& name) {
@@ -82,7 +83,8 @@ void train_biases(torch::nn::Module& model, const std::string& bias, const std::
   if (bias == "none") return;
   for (auto& item : model.named_parameters()) {
     const auto& path = item.key();
-    if (bias == "all" && (path == "bias" || path.ends_with(".bias"))) item.value().set_requires_grad(true);
+    if (bias == "all" && (path == "bias" || path.ends_with(".bias")))
+      item.value().set_requires_grad(true);
   }
   if (bias == "lora_only")
     for (const auto& [path, slot] : linear_slots(model))
@@ -126,8 +128,9 @@ InjectReport inject_matched(torch::nn::Module& model, std::shared_ptr<const Adap
   for (const auto& path : targets.matched) {
     const auto it = slots.find(path);
     if (it == slots.end() || !method.linear)
-      throw Error("inject", fmt::format("'{}' is not a projection: {} attaches to Linear slots only",
-                                        path, config->peft_type));
+      throw Error("inject",
+                  fmt::format("'{}' is not a projection: {} attaches to Linear slots only", path,
+                              config->peft_type));
     made.emplace_back(it->second, method.linear(config, *it->second, path, place_seed(seed, path)));
     int64_t parameters = 0, rank = 0;
     for (const auto& p : made.back().second->parameters()) parameters += p.numel();
@@ -161,7 +164,8 @@ void set_active(torch::nn::Module& model, const std::vector<std::string>& names)
     for (const auto& name : slot->active())
       for (auto& p : slot->adapter(name)->parameters()) p.set_requires_grad(true);
   }
-  for (const auto& name : names) train_biases(model, first_adapter(model, name)->trained_bias(), name);
+  for (const auto& name : names)
+    train_biases(model, first_adapter(model, name)->trained_bias(), name);
 }
 
 void merge(torch::nn::Module& model, const std::vector<std::string>& names) {
@@ -193,7 +197,9 @@ DisableAdapters::DisableAdapters(torch::nn::Module& model) : model_(model) {
   set_adapters_enabled(model_, false);
 }
 
-DisableAdapters::~DisableAdapters() { set_adapters_enabled(model_, true); }
+DisableAdapters::~DisableAdapters() {
+  set_adapters_enabled(model_, true);
+}
 
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(torch::nn::Module& model) {
   std::vector<std::pair<std::string, at::Tensor>> trained;
@@ -219,11 +225,12 @@ std::string InjectReport::summary() const {
   std::string text;
   for (const auto& key : order) {
     const auto& [place, times] = groups.at(key);
-    text += fmt::format("  {:<12} {:>4} x [{}, {}]  rank {:<4} {:>10} parameters\n", place.path, times,
-                        place.out, place.in, place.rank, place.parameters * times);
+    text += fmt::format("  {:<12} {:>4} x [{}, {}]  rank {:<4} {:>10} parameters\n", place.path,
+                        times, place.out, place.in, place.rank, place.parameters * times);
   }
-  text += fmt::format("  {} of {} parameters are trained ({:.2f} %)", trainable, total,
-                      total ? 100.0 * static_cast<double>(trainable) / static_cast<double>(total) : 0.0);
+  text += fmt::format(
+      "  {} of {} parameters are trained ({:.2f} %)", trainable, total,
+      total ? 100.0 * static_cast<double>(trainable) / static_cast<double>(total) : 0.0);
   return text;
 }
 

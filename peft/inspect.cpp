@@ -32,7 +32,8 @@ int64_t elements(const std::vector<int64_t>& shape) {
 
 Ordered inspect_safetensors(const fs::path& path) {
   const auto file = io::SafetensorsFile::open(path);
-  Ordered result = {{"kind", "safetensors"}, {"path", path.string()}, {"metadata", file.metadata()}};
+  Ordered result = {
+      {"kind", "safetensors"}, {"path", path.string()}, {"metadata", file.metadata()}};
   int64_t parameters = 0;
   Ordered tensors = Ordered::array();
   for (const auto& info : file.tensors()) {
@@ -81,7 +82,8 @@ Ordered inspect_gguf(const fs::path& path) {
   int64_t parameters = 0;
   for (const auto& tensor : file.tensors()) {
     const std::string type(io::ggml_type_traits(tensor.type).name);
-    tensors.push_back({{"name", tensor.name}, {"dtype", type}, {"shape", tensor.shape}, {"bytes", tensor.bytes}});
+    tensors.push_back(
+        {{"name", tensor.name}, {"dtype", type}, {"shape", tensor.shape}, {"bytes", tensor.bytes}});
     ++types[type];
     parameters += elements(tensor.shape);
   }
@@ -96,7 +98,8 @@ Ordered inspect_gguf(const fs::path& path) {
 }
 
 Ordered inspect_model(const fs::path& folder) {
-  const auto config = nlohmann::ordered_json::parse(io::read_file(folder / "config.json"), nullptr, false);
+  const auto config =
+      nlohmann::ordered_json::parse(io::read_file(folder / "config.json"), nullptr, false);
   if (config.is_discarded())
     throw Error("inspect", fmt::format("{} is not JSON", (folder / "config.json").string()));
   const auto files = io::ModelFiles::open(folder);
@@ -135,9 +138,8 @@ Ordered inspect_adapter(const fs::path& folder) {
     parameters += elements(info.shape);
     auto& entry = modules[module_of(info.name)];
     const auto norm = as_tensor(info).to(at::kDouble).norm().item<double>();
-    entry["norms"][info.name.substr(info.name.find(".lora_") == std::string::npos
-                                        ? 0
-                                        : info.name.find(".lora_") + 1)] = norm;
+    entry["norms"][info.name.substr(
+        info.name.find(".lora_") == std::string::npos ? 0 : info.name.find(".lora_") + 1)] = norm;
   }
   Ordered list = Ordered::array();
   for (auto& [path, entry] : modules) {
@@ -175,7 +177,8 @@ Ordered inspect_adapter(const fs::path& folder) {
 Ordered inspect_folder(const fs::path& folder) {
   if (fs::exists(folder / "adapter_config.json")) return inspect_adapter(folder);
   if (fs::exists(folder / "config.json")) return inspect_model(folder);
-  throw Error("inspect", fmt::format("'{}' has neither adapter_config.json nor config.json", folder.string()));
+  throw Error("inspect",
+              fmt::format("'{}' has neither adapter_config.json nor config.json", folder.string()));
 }
 
 Ordered inspect_file(const fs::path& path) {
@@ -183,8 +186,10 @@ Ordered inspect_file(const fs::path& path) {
   if (file->size() >= 4 && std::memcmp(file->data(), "GGUF", 4) == 0) return inspect_gguf(path);
   if (path.extension() == ".gguf") return inspect_gguf(path);
   if (path.extension() == ".safetensors") return inspect_safetensors(path);
-  throw Error("inspect", fmt::format("'{}' is none of: an adapter or model folder, a .safetensors file, "
-                                     "a GGUF file", path.string()));
+  throw Error("inspect",
+              fmt::format("'{}' is none of: an adapter or model folder, a .safetensors file, "
+                          "a GGUF file",
+                          path.string()));
 }
 
 }  // namespace

@@ -10,8 +10,8 @@ namespace budwood {
 ///   safetensors  metadata, tensors
 ///   gguf         architecture, metadata (long arrays by length), tensors
 ///   model        config of a Hugging Face folder, tensors, shards
-/// Tensors come as {name, dtype, shape, bytes}. Nothing but headers is read, except an adapter's own
-/// tensors. Throws Error for what is none of these or is damaged.
+/// Tensors come as {name, dtype, shape, bytes}. Nothing but headers is read, except an adapter's
+/// own tensors. Throws Error for what is none of these or is damaged.
 std::string inspect(const std::filesystem::path& path);
 
 }  // namespace budwood

@@ -23,7 +23,8 @@ const Method& method_of(const std::string& peft_type) {
   if (it != methods().end()) return it->second;
   std::string known;
   for (const auto& [name, method] : methods()) known += (known.empty() ? "" : ", ") + name;
-  throw Error("inject", fmt::format("method '{}' is not supported; supported: {}", peft_type, known));
+  throw Error("inject",
+              fmt::format("method '{}' is not supported; supported: {}", peft_type, known));
 }
 
 }  // namespace budwood

@@ -1,11 +1,11 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <budwood/peft/ops/lora_linear.h>
 #include <budwood/peft/slot.h>
 #include <budwood/quant/error.h>
 #include <budwood/quant/ops.h>
+#include <algorithm>
 
 namespace budwood {
 namespace {
@@ -20,7 +20,9 @@ std::string join(const Range& names) {
   return text.empty() ? "none" : text;
 }
 
-std::string part_name(size_t i) { return i == 0 ? "weight" : fmt::format("weight_{}", i); }
+std::string part_name(size_t i) {
+  return i == 0 ? "weight" : fmt::format("weight_{}", i);
+}
 
 }  // namespace
 
@@ -76,8 +78,8 @@ void LinearSlotImpl::detach(const std::string& name) {
   const auto it = std::find_if(adapters_.begin(), adapters_.end(),
                                [&](const Entry& entry) { return entry.name == name; });
   if (it == adapters_.end())
-    throw Error("detach", fmt::format("no adapter named '{}'; attached: {}", name,
-                                      join(adapter_names())));
+    throw Error("detach",
+                fmt::format("no adapter named '{}'; attached: {}", name, join(adapter_names())));
   if (std::find(merged_.begin(), merged_.end(), name) != merged_.end())
     throw Error("detach", fmt::format("'{}' is merged into the weight: unmerge first", name));
   unregister_module("adapter_" + name);
@@ -121,9 +123,10 @@ void LinearSlotImpl::merge(const std::vector<std::string>& names) {
     for (const auto* one : folded) rows = one->merge_rows(rows, begin);
     const auto rounded = rows.to(dtype);
     if (!rounded.isfinite().all().item<bool>())
-      throw Error("merge",
-                  fmt::format("rows {} to {} of the merged weight hold values that are not finite in {}",
-                              begin, end, c10::toString(dtype)));
+      throw Error(
+          "merge",
+          fmt::format("rows {} to {} of the merged weight hold values that are not finite in {}",
+                      begin, end, c10::toString(dtype)));
     merged.narrow(0, begin, end - begin).copy_(rounded);
   }
   at::Tensor bias = bias_;
@@ -148,10 +151,11 @@ void LinearSlotImpl::unmerge() {
 }
 
 void LinearSlotImpl::replace_weight(quant::Weight weight) {
-  if (!merged_.empty()) throw Error("replace_weight", fmt::format("{} is merged: unmerge first", join(merged_)));
+  if (!merged_.empty())
+    throw Error("replace_weight", fmt::format("{} is merged: unmerge first", join(merged_)));
   if (weight.out != weight_.out || weight.in != weight_.in)
-    throw Error("replace_weight", fmt::format("the slot's weight is [{}, {}], found [{}, {}]", weight_.out,
-                                              weight_.in, weight.out, weight.in));
+    throw Error("replace_weight", fmt::format("the slot's weight is [{}, {}], found [{}, {}]",
+                                              weight_.out, weight_.in, weight.out, weight.in));
   set_weight(std::move(weight), bias_);
 }
 

@@ -46,9 +46,9 @@ class LinearSlotImpl : public torch::nn::Module {
   /// With false, forward is the bare base, bit for bit.
   void set_adapters_enabled(bool enabled) { enabled_ = enabled; }
 
-  /// Folds the named adapters into a new dense weight: products and sum in fp64, one rounding to the
-  /// weight's dtype (float32 when it is packed). The old weight is kept, so unmerge is exact. Throws on a non-finite result or
-  /// when something is already merged; then nothing has changed.
+  /// Folds the named adapters into a new dense weight: products and sum in fp64, one rounding to
+  /// the weight's dtype (float32 when it is packed). The old weight is kept, so unmerge is exact.
+  /// Throws on a non-finite result or when something is already merged; then nothing has changed.
   void merge(const std::vector<std::string>& names);
   void unmerge();
   /// Makes a merge permanent: the old weight is released.

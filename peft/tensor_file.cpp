@@ -15,14 +15,22 @@ struct Pair {
 };
 
 constexpr Pair kPairs[] = {
-    {io::Dtype::f32, at::kFloat},         {io::Dtype::bf16, at::kBFloat16},
-    {io::Dtype::f16, at::kHalf},          {io::Dtype::f64, at::kDouble},
-    {io::Dtype::u8, at::kByte},           {io::Dtype::i8, at::kChar},
-    {io::Dtype::i16, at::kShort},         {io::Dtype::i32, at::kInt},
-    {io::Dtype::i64, at::kLong},          {io::Dtype::boolean, at::kBool},
-    {io::Dtype::u16, at::kUInt16},        {io::Dtype::u32, at::kUInt32},
-    {io::Dtype::u64, at::kUInt64},        {io::Dtype::c64, at::kComplexFloat},
-    {io::Dtype::f8_e4m3, at::kFloat8_e4m3fn}, {io::Dtype::f8_e5m2, at::kFloat8_e5m2},
+    {io::Dtype::f32, at::kFloat},
+    {io::Dtype::bf16, at::kBFloat16},
+    {io::Dtype::f16, at::kHalf},
+    {io::Dtype::f64, at::kDouble},
+    {io::Dtype::u8, at::kByte},
+    {io::Dtype::i8, at::kChar},
+    {io::Dtype::i16, at::kShort},
+    {io::Dtype::i32, at::kInt},
+    {io::Dtype::i64, at::kLong},
+    {io::Dtype::boolean, at::kBool},
+    {io::Dtype::u16, at::kUInt16},
+    {io::Dtype::u32, at::kUInt32},
+    {io::Dtype::u64, at::kUInt64},
+    {io::Dtype::c64, at::kComplexFloat},
+    {io::Dtype::f8_e4m3, at::kFloat8_e4m3fn},
+    {io::Dtype::f8_e5m2, at::kFloat8_e5m2},
 };
 
 }  // namespace
@@ -48,11 +56,16 @@ at::ScalarType scalar_type_of(const std::string& name) {
 
 std::string dtype_text(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return "float32";
-    case at::kBFloat16: return "bfloat16";
-    case at::kHalf: return "float16";
-    case at::kDouble: return "float64";
-    default: return c10::toString(type);
+    case at::kFloat:
+      return "float32";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kHalf:
+      return "float16";
+    case at::kDouble:
+      return "float64";
+    default:
+      return c10::toString(type);
   }
 }
 
@@ -62,7 +75,8 @@ at::Tensor as_tensor(const io::TensorInfo& info) {
   const auto alignment = std::max<uint64_t>(1, io::dtype_bits(info.dtype) / 8);
   if (info.bytes() == 0) return at::empty(info.shape, options);
   if (reinterpret_cast<uintptr_t>(data) % alignment == 0)
-    return at::from_blob(data, info.shape, [file = info.file](void*) {}, options);
+    return at::from_blob(
+        data, info.shape, [file = info.file](void*) {}, options);
   auto copy = at::empty(info.shape, options);
   std::memcpy(copy.data_ptr(), data, info.bytes());
   return copy;

@@ -23,17 +23,22 @@ class Bnb4 final : public PackedForm {
     check_parts(w, 3, 6);
     const bool nested = w.parts.size() == 6;
     if (!nested && w.parts.size() != 3)
-      throw Error("weight", fmt::format("a {} weight has 3 parts, or 6 with nested scales, found {}",
-                                        name(), w.parts.size()));
+      throw Error("weight",
+                  fmt::format("a {} weight has 3 parts, or 6 with nested scales, found {}", name(),
+                              w.parts.size()));
     const int64_t block_size = size_in_part(w, kBlockSize, "block size");
     if (!kernels::is_bnb4_block_size(block_size))
-      throw Error("weight", fmt::format("the block size of a {} weight is a power of two from 32 to "
-                                        "4096, found {}", name(), block_size));
+      throw Error("weight",
+                  fmt::format("the block size of a {} weight is a power of two from 32 to "
+                              "4096, found {}",
+                              name(), block_size));
     const int64_t count = w.out * w.in, blocks = kernels::bnb4_blocks(count, block_size);
     check_part(w, kCodes, "codes", at::kByte, kernels::bnb4_bytes(count));
-    check_part(w, kAbsmax, nested ? "scale codes" : "scales", nested ? at::kByte : at::kFloat, blocks);
+    check_part(w, kAbsmax, nested ? "scale codes" : "scales", nested ? at::kByte : at::kFloat,
+               blocks);
     if (!nested) return;
-    check_part(w, kNestedAbsmax, "nested scales", at::kFloat, (blocks + kNestedBlock - 1) / kNestedBlock);
+    check_part(w, kNestedAbsmax, "nested scales", at::kFloat,
+               (blocks + kNestedBlock - 1) / kNestedBlock);
     check_part(w, kMap, "entries of the nested map", at::kFloat, 256);
     check_part(w, kOffset, "nested offset", at::kFloat, 1);
   }

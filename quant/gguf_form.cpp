@@ -17,8 +17,9 @@ class Gguf final : public PackedForm {
   void check(const Weight& w) const override {
     check_parts(w, 1, 1);
     if (w.in % block_elements(type_) != 0)
-      throw Error("weight", fmt::format("a {} weight has rows of whole blocks of {}, found [{}, {}]",
-                                        name(), block_elements(type_), w.out, w.in));
+      throw Error("weight",
+                  fmt::format("a {} weight has rows of whole blocks of {}, found [{}, {}]", name(),
+                              block_elements(type_), w.out, w.in));
     check_part(w, 0, "blocks", at::kByte, w.out * row_bytes(type_, w.in));
   }
 
@@ -36,9 +37,10 @@ class Gguf final : public PackedForm {
 };
 
 const bool registered = [] {
-  for (const auto type : {GgmlType::q4_0, GgmlType::q4_1, GgmlType::q5_0, GgmlType::q5_1, GgmlType::q8_0,
-                          GgmlType::q4_k, GgmlType::q5_k, GgmlType::q6_k})
-    register_form(static_cast<Format>(16 + static_cast<int64_t>(type)), std::make_unique<Gguf>(type));
+  for (const auto type : {GgmlType::q4_0, GgmlType::q4_1, GgmlType::q5_0, GgmlType::q5_1,
+                          GgmlType::q8_0, GgmlType::q4_k, GgmlType::q5_k, GgmlType::q6_k})
+    register_form(static_cast<Format>(16 + static_cast<int64_t>(type)),
+                  std::make_unique<Gguf>(type));
   return true;
 }();
 

@@ -68,11 +68,10 @@ at::Tensor backward_weight_meta(const at::Tensor&, const at::Tensor&, at::Tensor
 
 at::Tensor call_linear(const at::Tensor& x, at::TensorList parts, int64_t format,
                        c10::SymIntArrayRef shape, const OptionalTensor& bias) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("budwood::linear", "")
-          .typed<at::Tensor(const at::Tensor&, at::TensorList, int64_t, c10::SymIntArrayRef,
-                            const OptionalTensor&)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("budwood::linear", "")
+                             .typed<at::Tensor(const at::Tensor&, at::TensorList, int64_t,
+                                               c10::SymIntArrayRef, const OptionalTensor&)>();
   return op.call(x, parts, format, shape, bias);
 }
 
@@ -119,13 +118,14 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
     const auto format = ctx->saved_data["format"].toInt();
     const auto shape = ctx->saved_data["shape"].toSymIntVector();
     variable_list result(parts.size() + 4);
-    if (ctx->needs_input_grad(0))
-      result[0] = call_backward_input(grads[0], parts, format, shape);
+    if (ctx->needs_input_grad(0)) result[0] = call_backward_input(grads[0], parts, format, shape);
     if (ctx->saved_data["weight"].toBool())
       result[1] = call_backward_weight(grads[0], x, parts, format, shape);
     if (ctx->saved_data["bias"].toBool())
-      result.back() = grads[0].reshape_symint({-1, shape[0]}).sum(0).to(
-          ctx->saved_data["bias_dtype"].toScalarType());
+      result.back() = grads[0]
+                          .reshape_symint({-1, shape[0]})
+                          .sum(0)
+                          .to(ctx->saved_data["bias_dtype"].toScalarType());
     return result;
   }
 };
@@ -140,15 +140,16 @@ template <c10::DispatchKey key, c10::DeviceType device>
 at::Tensor linear_autocast(const at::Tensor& x, at::TensorList parts, int64_t format,
                            c10::SymIntArrayRef shape, const OptionalTensor& bias) {
   c10::impl::ExcludeDispatchKeyGuard guard{key};
-  return call_linear(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), parts,
-                     format, shape, bias);
+  return call_linear(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device),
+                     parts, format, shape, bias);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(budwood, m) {
-  m.def("linear(Tensor x, Tensor[] weight, int format, SymInt[] shape, Tensor? bias=None) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "linear(Tensor x, Tensor[] weight, int format, SymInt[] shape, Tensor? bias=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def("linear_backward_input(Tensor grad, Tensor[] weight, int format, SymInt[] shape) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def(
@@ -157,10 +158,10 @@ TORCH_LIBRARY(budwood, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-#define BUDWOOD_DEVICE_KERNELS(key)                         \
-  TORCH_LIBRARY_IMPL(budwood, key, m) {                     \
-    m.impl("linear", linear_kernel);                        \
-    m.impl("linear_backward_input", backward_input_kernel); \
+#define BUDWOOD_DEVICE_KERNELS(key)                           \
+  TORCH_LIBRARY_IMPL(budwood, key, m) {                       \
+    m.impl("linear", linear_kernel);                          \
+    m.impl("linear_backward_input", backward_input_kernel);   \
     m.impl("linear_backward_weight", backward_weight_kernel); \
   }
 BUDWOOD_DEVICE_KERNELS(CPU)

@@ -10,8 +10,8 @@
 /// SymInt[] shape). All work under autograd, autocast, torch.compile and on meta tensors.
 namespace budwood::quant {
 
-/// y = x Wᵀ + b: [..., in] -> [..., out] in the dtype of x. Differentiable in x, in b and, for dense
-/// forms whose part requires grad, in W.
+/// y = x Wᵀ + b: [..., in] -> [..., out] in the dtype of x. Differentiable in x, in b and, for
+/// dense forms whose part requires grad, in W.
 at::Tensor linear(const at::Tensor& x, const Weight& weight,
                   const std::optional<at::Tensor>& bias = {});
 

@@ -58,11 +58,10 @@ at::Tensor dequantize_meta(const at::Tensor& codes, const at::Tensor&, c10::stri
 at::Tensor linear_4bit(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& absmax,
                        c10::string_view quant_type, int64_t block_size, c10::SymIntArrayRef shape,
                        const OptionalTensor& bias) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("budwood::linear", "")
-          .typed<at::Tensor(const at::Tensor&, at::TensorList, int64_t, c10::SymIntArrayRef,
-                            const OptionalTensor&)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("budwood::linear", "")
+                             .typed<at::Tensor(const at::Tensor&, at::TensorList, int64_t,
+                                               c10::SymIntArrayRef, const OptionalTensor&)>();
   const std::array parts{codes, absmax, one_integer(block_size)};
   return op.call(x, parts, static_cast<int64_t>(format_of(quant_type)), shape, bias);
 }
@@ -73,7 +72,8 @@ TORCH_LIBRARY_FRAGMENT(budwood, m) {
   m.def("quantize_4bit(Tensor weight, str quant_type='nf4', int block_size=64) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
   m.def(
-      "dequantize_4bit(Tensor codes, Tensor absmax, str quant_type, int block_size, SymInt[] shape, "
+      "dequantize_4bit(Tensor codes, Tensor absmax, str quant_type, int block_size, SymInt[] "
+      "shape, "
       "ScalarType dtype=float32) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(

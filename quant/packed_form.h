@@ -16,7 +16,8 @@ class PackedForm : public WeightForm {
   at::Tensor backward_input(const Weight& w, const at::Tensor& grad) const override {
     return panel_backward_input(open(w), grad);
   }
-  at::Tensor rows(const Weight& w, int64_t begin, int64_t end, at::ScalarType dtype) const override {
+  at::Tensor rows(const Weight& w, int64_t begin, int64_t end,
+                  at::ScalarType dtype) const override {
     return panel_rows(open(w), begin, end, dtype);
   }
   at::Tensor gather(const Weight& w, const at::Tensor& ids, at::ScalarType dtype) const override {

@@ -19,15 +19,18 @@ constexpr int64_t kFewTokens = 8;
 
 void require_cpu(const char* where, const at::Tensor& t) {
   if (!t.is_cpu())
-    throw Error(where, fmt::format("packed weights are multiplied on the CPU, found a tensor on {}: "
-                                   "move the model to the CPU or load it with dense weights",
-                                   t.device().str()));
+    throw Error(where,
+                fmt::format("packed weights are multiplied on the CPU, found a tensor on {}: "
+                            "move the model to the CPU or load it with dense weights",
+                            t.device().str()));
   if (!at::isFloatingType(t.scalar_type()))
     throw Error(where, fmt::format("wanted floating point values, found {}",
                                    c10::toString(t.scalar_type())));
 }
 
-int64_t grain_rows(const PackedRows& w) { return std::max<int64_t>(1, kGrainElements / w.cols); }
+int64_t grain_rows(const PackedRows& w) {
+  return std::max<int64_t>(1, kGrainElements / w.cols);
+}
 
 // One fp32 row in another dtype.
 void convert_row(const float* src, int64_t n, at::ScalarType type, void* dst) {
@@ -41,7 +44,8 @@ void convert_row(const float* src, int64_t n, at::ScalarType type, void* dst) {
       return;
     default:
       throw Error("weight", fmt::format("a packed weight has no values in {}; wanted float32, "
-                                        "bfloat16, float16 or float64", c10::toString(type)));
+                                        "bfloat16, float16 or float64",
+                                        c10::toString(type)));
   }
 }
 
@@ -70,8 +74,7 @@ template <class Use>
 void for_panels(const PackedRows& w, at::ScalarType type, const Use& use) {
   const int64_t bytes = w.cols * static_cast<int64_t>(c10::elementSize(type));
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t step =
-      std::min(w.rows, threads * std::max<int64_t>(1, kPanelBytes / bytes));
+  const int64_t step = std::min(w.rows, threads * std::max<int64_t>(1, kPanelBytes / bytes));
   auto buffer = at::empty({step, w.cols}, at::TensorOptions().dtype(type));
   for (int64_t begin = 0; begin < w.rows; begin += step) {
     const int64_t count = std::min(step, w.rows - begin);

@@ -17,8 +17,8 @@ struct PackedRows {
   std::function<void(int64_t row, float* dst)> decode;
 };
 
-/// x Wᵀ: [..., cols] -> [..., rows] in the dtype of x. Up to 8 tokens are multiplied in fp32 while a
-/// row lies in the first cache; more go panel by panel through ATen in the dtype of x.
+/// x Wᵀ: [..., cols] -> [..., rows] in the dtype of x. Up to 8 tokens are multiplied in fp32 while
+/// a row lies in the first cache; more go panel by panel through ATen in the dtype of x.
 at::Tensor panel_linear(const PackedRows& w, const at::Tensor& x);
 
 /// dY W: [..., rows] -> [..., cols] in the dtype of dY; sums over panels are fp32 or wider.

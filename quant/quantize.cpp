@@ -3,13 +3,13 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
-#include <algorithm>
-#include <array>
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/affine.h>
 #include <budwood/quant/kernels/bnb4.h>
 #include <budwood/quant/kernels/int8.h>
 #include <budwood/quant/quantize.h>
+#include <algorithm>
+#include <array>
 #include <functional>
 #include <vector>
 
@@ -23,16 +23,22 @@ constexpr std::array<const char*, 5> kFormats = {"nf4", "fp4", "int8", "int4", "
 // Elements of one working copy in fp32; a multiple of every block size.
 constexpr int64_t kPanelElements = 1 << 16;
 
-at::Tensor bytes_of(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kByte)); }
-at::Tensor floats_of(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat)); }
-at::Tensor one_integer(int64_t value) { return at::full({1}, value, at::TensorOptions().dtype(at::kLong)); }
+at::Tensor bytes_of(at::IntArrayRef shape) {
+  return at::empty(shape, at::TensorOptions().dtype(at::kByte));
+}
+at::Tensor floats_of(at::IntArrayRef shape) {
+  return at::empty(shape, at::TensorOptions().dtype(at::kFloat));
+}
+at::Tensor one_integer(int64_t value) {
+  return at::full({1}, value, at::TensorOptions().dtype(at::kLong));
+}
 
 [[noreturn]] void refuse(const at::Tensor& w, const QuantizeStatus& status, int64_t element) {
   const int64_t row = element / w.size(1), column = element % w.size(1);
-  throw Error("quantize", fmt::format("row {}, column {} is {}, {}", row, column, w[row][column].item<double>(),
-                                      status.fault == Fault::not_finite
-                                          ? "which is not finite in float32"
-                                          : "whose scale is beyond float32"));
+  throw Error("quantize",
+              fmt::format("row {}, column {} is {}, {}", row, column, w[row][column].item<double>(),
+                          status.fault == Fault::not_finite ? "which is not finite in float32"
+                                                            : "whose scale is beyond float32"));
 }
 
 // Runs one(begin, end, values) over pieces of `step` elements of the flat matrix, in fp32. `one`
@@ -63,16 +69,21 @@ Weight to_bnb4(const at::Tensor& w, const QuantizeOptions& options) {
   const auto type = options.format == "nf4" ? kernels::Bnb4Type::nf4 : kernels::Bnb4Type::fp4;
   const int64_t size = options.block_size, n = w.numel(), out = w.size(0), in = w.size(1);
   if (!kernels::is_bnb4_block_size(size))
-    throw Error("quantize", fmt::format("block size {}; wanted a power of two from 32 to 4096", size));
+    throw Error("quantize",
+                fmt::format("block size {}; wanted a power of two from 32 to 4096", size));
   auto codes = in % size == 0 ? bytes_of({out, in / 2}) : bytes_of({kernels::bnb4_bytes(n)});
   auto absmax = floats_of({kernels::bnb4_blocks(n, size)});
   auto* code = codes.mutable_data_ptr<uint8_t>();
   auto* scale = absmax.mutable_data_ptr<float>();
   for_pieces(w, kPanelElements, [&](int64_t begin, int64_t end, const float* values) {
-    return moved(kernels::quantize_bnb4(type, values, end - begin, size, code + begin / 2, scale + begin / size),
+    return moved(kernels::quantize_bnb4(type, values, end - begin, size, code + begin / 2,
+                                        scale + begin / size),
                  begin);
   });
-  Weight result{{codes, absmax, one_integer(size)}, options.format == "nf4" ? Format::nf4 : Format::fp4, out, in};
+  Weight result{{codes, absmax, one_integer(size)},
+                options.format == "nf4" ? Format::nf4 : Format::fp4,
+                out,
+                in};
   if (!options.double_quant) return result;
   const int64_t blocks = absmax.numel();
   auto scale_codes = bytes_of({blocks}), nested = floats_of({(blocks + 255) / 256});
@@ -101,8 +112,10 @@ Weight to_int8(const at::Tensor& w) {
 Weight to_affine(const at::Tensor& w, const QuantizeOptions& options) {
   const int bits = options.format == "int4" ? 4 : 8;
   const int64_t out = w.size(0), in = w.size(1), size = options.block_size;
-  if (size < 1) throw Error("quantize", fmt::format("a group has at least 1 element, found {}", size));
-  const int64_t bytes = kernels::affine_row_bytes(bits, in), groups = kernels::affine_groups(in, size);
+  if (size < 1)
+    throw Error("quantize", fmt::format("a group has at least 1 element, found {}", size));
+  const int64_t bytes = kernels::affine_row_bytes(bits, in),
+                groups = kernels::affine_groups(in, size);
   auto codes = bytes_of({out, bytes}), zeros = bytes_of({out, groups});
   auto scales = floats_of({out, groups});
   auto* code = codes.mutable_data_ptr<uint8_t>();
@@ -110,29 +123,36 @@ Weight to_affine(const at::Tensor& w, const QuantizeOptions& options) {
   auto* scale = scales.mutable_data_ptr<float>();
   for_pieces(w, in, [&](int64_t begin, int64_t, const float* values) {
     const int64_t row = begin / in;
-    return moved(kernels::quantize_affine_row(bits, kernels::AffineMode::asymmetric, values, in, size,
-                                              code + row * bytes, scale + row * groups, zero + row * groups),
-                 begin);
+    return moved(
+        kernels::quantize_affine_row(bits, kernels::AffineMode::asymmetric, values, in, size,
+                                     code + row * bytes, scale + row * groups, zero + row * groups),
+        begin);
   });
-  return {{codes, scales, zeros, one_integer(size)}, bits == 4 ? Format::affine4 : Format::affine8, out, in};
+  return {{codes, scales, zeros, one_integer(size)},
+          bits == 4 ? Format::affine4 : Format::affine8,
+          out,
+          in};
 }
 
 }  // namespace
 
 void require_quantizable(const std::string& format) {
   if (std::find(kFormats.begin(), kFormats.end(), format) == kFormats.end())
-    throw Error("quantize", fmt::format("unknown format '{}'; known: {}", format, fmt::join(kFormats, ", ")));
+    throw Error("quantize",
+                fmt::format("unknown format '{}'; known: {}", format, fmt::join(kFormats, ", ")));
 }
 
 Weight quantize(const at::Tensor& w, const QuantizeOptions& options) {
   require_quantizable(options.format);
   if (w.dim() != 2 || w.numel() == 0 || !at::isFloatingType(w.scalar_type()) || !w.is_cpu())
-    throw Error("quantize", fmt::format("wanted a floating point matrix on the CPU that is not empty, found "
-                                        "{} dimensions, {} elements of {} on {}",
-                                        w.dim(), w.numel(), c10::toString(w.scalar_type()), w.device().str()));
+    throw Error("quantize",
+                fmt::format("wanted a floating point matrix on the CPU that is not empty, found "
+                            "{} dimensions, {} elements of {} on {}",
+                            w.dim(), w.numel(), c10::toString(w.scalar_type()), w.device().str()));
   const bool bnb4 = options.format == "nf4" || options.format == "fp4";
   if (options.double_quant && !bnb4)
-    throw Error("quantize", fmt::format("double quantisation is for nf4 and fp4, found '{}'", options.format));
+    throw Error("quantize",
+                fmt::format("double quantisation is for nf4 and fp4, found '{}'", options.format));
   const auto plain = w.detach().contiguous();
   if (bnb4) return to_bnb4(plain, options);
   return options.format == "int8" ? to_int8(plain) : to_affine(plain, options);

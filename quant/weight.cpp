@@ -52,7 +52,9 @@ Weight Weight::from_parts(std::vector<at::Tensor> parts, int64_t format, int64_t
   return w;
 }
 
-at::Tensor Weight::linear(const at::Tensor& x) const { return form_of(format).linear(*this, x); }
+at::Tensor Weight::linear(const at::Tensor& x) const {
+  return form_of(format).linear(*this, x);
+}
 
 at::Tensor Weight::backward_input(const at::Tensor& grad) const {
   return form_of(format).backward_input(*this, grad);
@@ -72,9 +74,13 @@ at::Tensor Weight::gather(const at::Tensor& ids, at::ScalarType dtype) const {
   return form_of(format).gather(*this, ids, dtype);
 }
 
-at::ScalarType Weight::dtype() const { return form_of(format).dtype(*this); }
+at::ScalarType Weight::dtype() const {
+  return form_of(format).dtype(*this);
+}
 
-bool Weight::packed() const { return form_of(format).packed(); }
+bool Weight::packed() const {
+  return form_of(format).packed();
+}
 
 int64_t Weight::bytes() const {
   int64_t sum = 0;

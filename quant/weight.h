@@ -22,9 +22,9 @@ enum class Format : int64_t {
   /// LLM.int8: parts = {codes int8 [out, in], largest magnitude of each row fp32 [out]}.
   int8_rows = 2,
   /// bitsandbytes' 4 bits (kernels/bnb4.h). parts = {codes uint8, (out * in + 1) / 2 bytes of any
-  /// shape, absmax fp32 [blocks], block size int64 [1]}; with doubly quantised scales {codes, absmax
-  /// codes uint8 [blocks], block size, nested absmax fp32 [ceil(blocks / 256)], map fp32 [256],
-  /// offset fp32 [1]}.
+  /// shape, absmax fp32 [blocks], block size int64 [1]}; with doubly quantised scales {codes,
+  /// absmax codes uint8 [blocks], block size, nested absmax fp32 [ceil(blocks / 256)], map fp32
+  /// [256], offset fp32 [1]}.
   nf4 = 3,
   fp4 = 4,
   /// Group-affine integers (kernels/affine.h): parts = {codes uint8 [out, bytes of a row], scales

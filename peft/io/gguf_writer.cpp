@@ -68,12 +68,13 @@ uint32_t alignment_of(const GgufMetadata& metadata) {
 std::string metadata_bytes(const GgufMetadata& metadata) {
   std::string out;
   std::unordered_set<std::string_view> keys;
-  for (const auto& [key, value] : metadata) {
+  for (const auto& entry : metadata) {
+    const auto& key = entry.first;
     if (key.empty() || !is_utf8(key))
       refuse(fmt::format("the key {} is empty or not valid UTF-8", in_quotes(key)));
     if (!keys.insert(key).second) refuse(fmt::format("the key {} stands twice", in_quotes(key)));
     append_string(out, key);
-    append<uint32_t>(out, static_cast<uint32_t>(value.index()));
+    append<uint32_t>(out, static_cast<uint32_t>(entry.second.index()));
     std::visit(
         [&](const auto& v) {
           if constexpr (std::is_same_v<std::decay_t<decltype(v)>, GgufArray>)
@@ -81,7 +82,7 @@ std::string metadata_bytes(const GgufMetadata& metadata) {
           else
             append_scalar(out, v);
         },
-        value);
+        entry.second);
   }
   return out;
 }

@@ -23,9 +23,7 @@ at::Tensor initial_a(const LoraConfig& config, int64_t rank, int64_t in, at::Gen
 
 Lora::Lora(std::shared_ptr<const LoraConfig> config, const LinearSlotImpl& slot,
            const std::string& path, uint64_t seed)
-    : LinearAdapter(config),
-      scaling_(config->scaling(path)),
-      dropout_(config->lora_dropout) {
+    : LinearAdapter(config), scaling_(config->scaling(path)), dropout_(config->lora_dropout) {
   const int64_t rank = config->rank(path);
   auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
   auto a = initial_a(*config, rank, slot.in_features(), generator);
@@ -76,8 +74,9 @@ std::string Lora::trained_bias() const {
 namespace {
 
 const bool registered = register_method(
-    "LORA", {.linear = [](std::shared_ptr<const AdapterConfig> config, const LinearSlotImpl& slot,
-                          const std::string& path, uint64_t seed) -> std::shared_ptr<LinearAdapter> {
+    "LORA",
+    {.linear = [](std::shared_ptr<const AdapterConfig> config, const LinearSlotImpl& slot,
+                  const std::string& path, uint64_t seed) -> std::shared_ptr<LinearAdapter> {
       auto own = std::dynamic_pointer_cast<const LoraConfig>(config);
       if (!own) throw Error("inject", "a configuration of peft_type LORA is a LoraConfig");
       return std::make_shared<Lora>(std::move(own), slot, path, seed);

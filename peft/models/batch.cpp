@@ -1,9 +1,9 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <budwood/peft/models/batch.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 
 namespace budwood::models {
 namespace {

@@ -12,7 +12,9 @@ namespace {
 using Json = nlohmann::ordered_json;
 constexpr const char* kWhere = "config.json";
 
-[[noreturn]] void fail(const std::string& fact) { throw Error(kWhere, fact); }
+[[noreturn]] void fail(const std::string& fact) {
+  throw Error(kWhere, fact);
+}
 
 bool present(const Json& json, const char* key) {
   const auto it = json.find(key);
@@ -39,13 +41,15 @@ int64_t positive(const Json& json, const char* key) {
 
 double number(const Json& json, const char* key, double fallback) {
   if (!present(json, key)) return fallback;
-  if (!json.at(key).is_number()) fail(fmt::format("'{}' is a number, found {}", key, json.at(key).dump()));
+  if (!json.at(key).is_number())
+    fail(fmt::format("'{}' is a number, found {}", key, json.at(key).dump()));
   return json.at(key).get<double>();
 }
 
 bool flag(const Json& json, const char* key, bool fallback) {
   if (!present(json, key)) return fallback;
-  if (!json.at(key).is_boolean()) fail(fmt::format("'{}' is true or false, found {}", key, json.at(key).dump()));
+  if (!json.at(key).is_boolean())
+    fail(fmt::format("'{}' is true or false, found {}", key, json.at(key).dump()));
   return json.at(key).get<bool>();
 }
 
@@ -60,7 +64,7 @@ struct Family {
   bool qkv_bias;
   bool out_bias_follows;
   bool qk_norm;
-  bool bias_is_optional;  // attention_bias in the file decides
+  bool bias_is_optional;   // attention_bias in the file decides
   int64_t default_window;  // when the key is absent
 };
 
@@ -88,7 +92,8 @@ RopeConfig read_rope(const Json& json, int64_t max_position) {
     r.type = rope.at("type").get<std::string>();
   static const std::set<std::string> known = {"default", "linear", "llama3", "yarn"};
   if (!known.contains(r.type))
-    fail(fmt::format("rope type '{}' is not supported; supported: default, linear, llama3, yarn", r.type));
+    fail(fmt::format("rope type '{}' is not supported; supported: default, linear, llama3, yarn",
+                     r.type));
   if (number(rope, "partial_rotary_factor", number(json, "partial_rotary_factor", 1.0)) != 1.0)
     fail("partial_rotary_factor other than 1 is not supported");
   if (r.type == "default") return r;
@@ -134,8 +139,10 @@ std::vector<int64_t> read_windows(const Json& json, const ModelConfig& c, int64_
       const auto type = types[i].is_string() ? types[i].get<std::string>() : types[i].dump();
       if (type != "full_attention" && type != "sliding_attention")
         fail(fmt::format("layer type '{}' of layer {} is not supported", type, i));
-      if (type == "full_attention") windows[i] = 0;
-      else if (window == 0) fail("layer_types name sliding attention, but there is no window");
+      if (type == "full_attention")
+        windows[i] = 0;
+      else if (window == 0)
+        fail("layer_types name sliding attention, but there is no window");
     }
     return windows;
   }
@@ -179,7 +186,8 @@ ModelConfig parse(const Json& json) {
   if (present(json, "quantization_config"))
     fail("the folder is quantised (quantization_config), which this version does not read");
   if (present(json, "hidden_act") && json.at("hidden_act") != "silu")
-    fail(fmt::format("activation {} is not supported; supported: silu", json.at("hidden_act").dump()));
+    fail(fmt::format("activation {} is not supported; supported: silu",
+                     json.at("hidden_act").dump()));
   c.vocab_size = positive(json, "vocab_size");
   c.hidden_size = positive(json, "hidden_size");
   c.intermediate_size = positive(json, "intermediate_size");
@@ -187,13 +195,15 @@ ModelConfig parse(const Json& json) {
   c.num_attention_heads = positive(json, "num_attention_heads");
   if (!present(json, "num_key_value_heads") && c.model_type != "llama")
     fail("the key 'num_key_value_heads' is missing");
-  c.num_key_value_heads = present(json, "num_key_value_heads") ? positive(json, "num_key_value_heads")
-                                                               : c.num_attention_heads;
+  c.num_key_value_heads = present(json, "num_key_value_heads")
+                              ? positive(json, "num_key_value_heads")
+                              : c.num_attention_heads;
   if (!present(json, "head_dim") && c.hidden_size % c.num_attention_heads != 0)
-    fail(fmt::format("hidden_size ({}) is not a multiple of num_attention_heads ({}) and there is no head_dim",
-                     c.hidden_size, c.num_attention_heads));
+    fail(fmt::format(
+        "hidden_size ({}) is not a multiple of num_attention_heads ({}) and there is no head_dim",
+        c.hidden_size, c.num_attention_heads));
   // Qwen3's class has a head size of its own where the file is silent.
-  c.head_dim = present(json, "head_dim")     ? positive(json, "head_dim")
+  c.head_dim = present(json, "head_dim") ? positive(json, "head_dim")
                : c.model_type == "qwen3" ? 128
                                          : c.hidden_size / c.num_attention_heads;
   c.max_position_embeddings = positive(json, "max_position_embeddings");
@@ -207,8 +217,10 @@ ModelConfig parse(const Json& json) {
   c.qk_norm = family->second.qk_norm;
   c.rope = read_rope(json, c.max_position_embeddings);
   c.sliding_window = read_windows(json, c, family->second.default_window);
-  if (present(json, "bos_token_id")) c.bos_token_id = integer(json.at("bos_token_id"), "bos_token_id");
-  if (present(json, "pad_token_id")) c.pad_token_id = integer(json.at("pad_token_id"), "pad_token_id");
+  if (present(json, "bos_token_id"))
+    c.bos_token_id = integer(json.at("bos_token_id"), "bos_token_id");
+  if (present(json, "pad_token_id"))
+    c.pad_token_id = integer(json.at("pad_token_id"), "pad_token_id");
   c.eos_token_id = read_eos(json);
   check(c);
   return c;
@@ -253,9 +265,12 @@ Json from_fields(const ModelConfig& c) {
                {"rope_parameters", rope_json(c.rope)},
                {"use_cache", true},
                {"vocab_size", c.vocab_size}};
-  if (c.eos_token_id.size() == 1) json["eos_token_id"] = c.eos_token_id[0];
-  else if (!c.eos_token_id.empty()) json["eos_token_id"] = c.eos_token_id;
-  else json["eos_token_id"] = nullptr;
+  if (c.eos_token_id.size() == 1)
+    json["eos_token_id"] = c.eos_token_id[0];
+  else if (!c.eos_token_id.empty())
+    json["eos_token_id"] = c.eos_token_id;
+  else
+    json["eos_token_id"] = nullptr;
   if (c.model_type == "llama" || c.model_type == "qwen3") json["attention_bias"] = c.attention_bias;
   if (c.model_type == "llama") json["mlp_bias"] = c.mlp_bias;
   int64_t window = 0;
@@ -266,7 +281,8 @@ Json from_fields(const ModelConfig& c) {
     json["sliding_window"] = window ? Json(window) : Json();
     if (window) {
       Json types = Json::array();
-      for (const auto w : c.sliding_window) types.push_back(w ? "sliding_attention" : "full_attention");
+      for (const auto w : c.sliding_window)
+        types.push_back(w ? "sliding_attention" : "full_attention");
       json["layer_types"] = types;
     }
   }

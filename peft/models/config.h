@@ -15,8 +15,8 @@ struct RopeConfig {
   double low_freq_factor = 1.0;   ///< llama3
   double high_freq_factor = 4.0;  ///< llama3
   int64_t original_max_position = 0;
-  double beta_fast = 32.0;  ///< yarn
-  double beta_slow = 1.0;   ///< yarn
+  double beta_fast = 32.0;                                         ///< yarn
+  double beta_slow = 1.0;                                          ///< yarn
   std::optional<double> attention_factor, mscale, mscale_all_dim;  ///< yarn
   bool truncate = true;                                            ///< yarn
   /// Divisors of the inverse frequencies [head_dim / 2] (GGUF's rope_freqs); empty = none.
@@ -38,10 +38,10 @@ struct ModelConfig {
   double rms_norm_eps = 1e-6;
   RopeConfig rope;
   bool tie_word_embeddings = false;
-  bool attention_bias = false;    ///< q, k, v (Qwen2: always)
+  bool attention_bias = false;  ///< q, k, v (Qwen2: always)
   bool attention_out_bias = false;
   bool mlp_bias = false;
-  bool qk_norm = false;           ///< RMS norm of q and k per head (Qwen3)
+  bool qk_norm = false;  ///< RMS norm of q and k per head (Qwen3)
   /// Window of layer i in tokens, 0 = full attention.
   std::vector<int64_t> sliding_window;
   std::optional<int64_t> bos_token_id, pad_token_id;
@@ -49,8 +49,8 @@ struct ModelConfig {
   /// The file this was read from, kept so that keys Budwood has no use for survive a save.
   std::string source_json;
 
-  /// Reads config.json's text. A missing key, an unknown architecture, rope type or activation is an
-  /// Error that names it, never a guess.
+  /// Reads config.json's text. A missing key, an unknown architecture, rope type or activation is
+  /// an Error that names it, never a guess.
   static ModelConfig from_json(const std::string& text);
   /// config.json's text, loadable by transformers. dtype: "float32", "bfloat16", "float16".
   std::string to_json(const std::string& dtype) const;

@@ -2,9 +2,9 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <budwood/peft/models/generate.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 #include <cmath>
 #include <set>
 
@@ -14,7 +14,8 @@ namespace {
 void check(const CausalLM& model, const std::vector<int64_t>& prompt, const GenerateOptions& o) {
   const auto fail = [](const std::string& fact) { throw Error("generate", fact); };
   if (prompt.empty()) fail("the prompt has no tokens");
-  if (o.max_new_tokens < 1) fail(fmt::format("max_new_tokens is at least 1, found {}", o.max_new_tokens));
+  if (o.max_new_tokens < 1)
+    fail(fmt::format("max_new_tokens is at least 1, found {}", o.max_new_tokens));
   if (!(o.temperature >= 0) || !std::isfinite(o.temperature))
     fail(fmt::format("temperature is 0 (greedy) or positive, found {}", o.temperature));
   if (o.top_k < 0) fail(fmt::format("top_k is 0 (all) or positive, found {}", o.top_k));
@@ -22,13 +23,15 @@ void check(const CausalLM& model, const std::vector<int64_t>& prompt, const Gene
   if (!(o.repetition_penalty > 0)) fail("repetition_penalty is positive");
   const auto limit = model.config().max_position_embeddings;
   if (static_cast<int64_t>(prompt.size()) >= limit)
-    fail(fmt::format("a prompt of {} tokens leaves no room in a model of {} positions", prompt.size(), limit));
+    fail(fmt::format("a prompt of {} tokens leaves no room in a model of {} positions",
+                     prompt.size(), limit));
 }
 
 TokenBatch step_batch(const std::vector<int64_t>& ids, int64_t first_position) {
   TokenBatch batch;
   batch.ids = at::tensor(ids, at::kLong);
-  batch.positions = at::arange(first_position, first_position + static_cast<int64_t>(ids.size()), at::kLong);
+  batch.positions =
+      at::arange(first_position, first_position + static_cast<int64_t>(ids.size()), at::kLong);
   batch.cu_seqlens = {0, static_cast<int64_t>(ids.size())};
   return batch;
 }
@@ -68,7 +71,8 @@ std::vector<int64_t> generate(CausalLM& model, const std::vector<int64_t>& promp
   const bool was_training = model.is_training();
   model.eval();
   auto generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
-  const auto& stops = options.eos_token_id.empty() ? model.config().eos_token_id : options.eos_token_id;
+  const auto& stops =
+      options.eos_token_id.empty() ? model.config().eos_token_id : options.eos_token_id;
   const auto room = model.config().max_position_embeddings - static_cast<int64_t>(prompt.size());
 
   KvCache cache(model.config().num_hidden_layers);
@@ -79,7 +83,8 @@ std::vector<int64_t> generate(CausalLM& model, const std::vector<int64_t>& promp
     const auto logits = model.logits(hidden.narrow(0, hidden.size(0) - 1, 1))[0];
     if (!logits.isfinite().all().item<bool>())
       throw Error("generate", fmt::format("the logits of token {} are not finite", out.size()));
-    const auto token = sample(penalised(logits, seen, options.repetition_penalty), options, generator);
+    const auto token =
+        sample(penalised(logits, seen, options.repetition_penalty), options, generator);
     out.push_back(token);
     seen.insert(token);
     next = {token};

@@ -11,9 +11,10 @@ struct GenerateOptions {
   int64_t max_new_tokens = 128;
   /// 0 = greedy. Otherwise logits are divided by it and a token is drawn.
   double temperature = 0.0;
-  int64_t top_k = 0;    ///< draw among the k most likely tokens; 0 = all
-  double top_p = 1.0;   ///< draw among the fewest tokens that hold this probability
-  double repetition_penalty = 1.0;  ///< > 1 makes tokens that occurred less likely (arXiv 1909.05858)
+  int64_t top_k = 0;   ///< draw among the k most likely tokens; 0 = all
+  double top_p = 1.0;  ///< draw among the fewest tokens that hold this probability
+  double repetition_penalty =
+      1.0;  ///< > 1 makes tokens that occurred less likely (arXiv 1909.05858)
   uint64_t seed = 0;
   /// Generation stops after one of these; empty = the model's own eos_token_id.
   std::vector<int64_t> eos_token_id;

@@ -1,8 +1,8 @@
 #include <fmt/format.h>
 
-#include <array>
 #include <budwood/peft/models/gguf_source.h>
 #include <budwood/quant/error.h>
+#include <array>
 #include <string_view>
 #include <utility>
 
@@ -11,9 +11,8 @@ namespace {
 
 using Pair = std::pair<std::string_view, std::string_view>;
 
-constexpr std::array<Pair, 3> kTop = {{{"model.embed_tokens", "token_embd"},
-                                       {"model.norm", "output_norm"},
-                                       {"lm_head", "output"}}};
+constexpr std::array<Pair, 3> kTop = {
+    {{"model.embed_tokens", "token_embd"}, {"model.norm", "output_norm"}, {"lm_head", "output"}}};
 
 constexpr std::array<Pair, 11> kBlock = {{{"input_layernorm", "attn_norm"},
                                           {"self_attn.q_proj", "attn_q"},

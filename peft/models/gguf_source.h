@@ -7,9 +7,9 @@
 
 namespace budwood::models {
 
-/// Weights of a GGUF file under transformers' names. Blocks are decoded to `dtype`, or with `packed`
-/// matrices are views of the mapped file; the rows of q and k of architecture "llama" are put back
-/// into transformers' rotary order (a copy of those rows, packed or not).
+/// Weights of a GGUF file under transformers' names. Blocks are decoded to `dtype`, or with
+/// `packed` matrices are views of the mapped file; the rows of q and k of architecture "llama" are
+/// put back into transformers' rotary order (a copy of those rows, packed or not).
 class GgufSource final : public WeightSource {
  public:
   GgufSource(const std::string& path, at::ScalarType dtype, bool packed = false);

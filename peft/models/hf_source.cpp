@@ -13,7 +13,8 @@ namespace {
 at::ScalarType most_common_float(const io::ModelFiles& files) {
   std::map<at::ScalarType, uint64_t> bytes;
   for (const auto* info : files.tensors())
-    if (info->dtype == io::Dtype::f32 || info->dtype == io::Dtype::bf16 || info->dtype == io::Dtype::f16)
+    if (info->dtype == io::Dtype::f32 || info->dtype == io::Dtype::bf16 ||
+        info->dtype == io::Dtype::f16)
       bytes[scalar_type(info->dtype)] += info->bytes();
   at::ScalarType best = at::kFloat;
   uint64_t most = 0;
@@ -27,12 +28,15 @@ at::ScalarType most_common_float(const io::ModelFiles& files) {
 HfSource::HfSource(const std::string& folder, std::optional<at::ScalarType> dtype)
     : files_(io::ModelFiles::open(folder)), dtype_(dtype ? *dtype : most_common_float(files_)) {}
 
-bool HfSource::has(const std::string& name) const { return files_.find(name) != nullptr; }
+bool HfSource::has(const std::string& name) const {
+  return files_.find(name) != nullptr;
+}
 
 at::Tensor HfSource::read(const std::string& name, at::IntArrayRef shape) {
   const auto* info = files_.find(name);
   if (!info)
-    throw Error("load", fmt::format("{}: the tensor '{}' is missing", files_.path().string(), name));
+    throw Error("load",
+                fmt::format("{}: the tensor '{}' is missing", files_.path().string(), name));
   if (at::IntArrayRef(info->shape) != shape)
     throw Error("load", fmt::format("{}: the tensor '{}' has shape {}, the configuration wants {}",
                                     info->file->path().string(), name, io::shape_text(info->shape),
@@ -40,8 +44,9 @@ at::Tensor HfSource::read(const std::string& name, at::IntArrayRef shape) {
   used_.insert(name);
   const auto tensor = as_tensor(*info);
   if (!at::isFloatingType(tensor.scalar_type()))
-    throw Error("load", fmt::format("{}: the tensor '{}' holds {}, wanted floating point values",
-                                    info->file->path().string(), name, io::dtype_name(info->dtype)));
+    throw Error("load",
+                fmt::format("{}: the tensor '{}' holds {}, wanted floating point values",
+                            info->file->path().string(), name, io::dtype_name(info->dtype)));
   return tensor;
 }
 

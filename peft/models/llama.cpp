@@ -1,12 +1,12 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <budwood/peft/models/llama.h>
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/ops/attention.h>
 #include <budwood/peft/ops/norm.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 #include <cmath>
 
 namespace budwood::models {
@@ -37,7 +37,9 @@ RmsNormImpl::RmsNormImpl(at::Tensor w, double eps) : eps_(eps) {
   weight = register_parameter("weight", std::move(w), /*requires_grad=*/false);
 }
 
-at::Tensor RmsNormImpl::forward(const at::Tensor& x) { return ops::rms_norm(x, weight, eps_); }
+at::Tensor RmsNormImpl::forward(const at::Tensor& x) {
+  return ops::rms_norm(x, weight, eps_);
+}
 
 LlamaAttentionImpl::LlamaAttentionImpl(const ModelConfig& c, int64_t layer, const std::string& path,
                                        WeightSource& source)
@@ -48,13 +50,17 @@ LlamaAttentionImpl::LlamaAttentionImpl(const ModelConfig& c, int64_t layer, cons
       window_(c.sliding_window.empty() ? 0 : c.sliding_window[static_cast<size_t>(layer)]) {
   const int64_t q = heads_ * head_dim_, kv = kv_heads_ * head_dim_, d = c.hidden_size;
   q_proj_ = register_module("q_proj", projection(source, path + ".q_proj", q, d, c.attention_bias));
-  k_proj_ = register_module("k_proj", projection(source, path + ".k_proj", kv, d, c.attention_bias));
-  v_proj_ = register_module("v_proj", projection(source, path + ".v_proj", kv, d, c.attention_bias));
+  k_proj_ =
+      register_module("k_proj", projection(source, path + ".k_proj", kv, d, c.attention_bias));
+  v_proj_ =
+      register_module("v_proj", projection(source, path + ".v_proj", kv, d, c.attention_bias));
   o_proj_ =
       register_module("o_proj", projection(source, path + ".o_proj", d, q, c.attention_out_bias));
   if (c.qk_norm) {
-    q_norm_ = register_module("q_norm", norm_from(source, path + ".q_norm", head_dim_, c.rms_norm_eps));
-    k_norm_ = register_module("k_norm", norm_from(source, path + ".k_norm", head_dim_, c.rms_norm_eps));
+    q_norm_ =
+        register_module("q_norm", norm_from(source, path + ".q_norm", head_dim_, c.rms_norm_eps));
+    k_norm_ =
+        register_module("k_norm", norm_from(source, path + ".k_norm", head_dim_, c.rms_norm_eps));
   }
 }
 
@@ -85,9 +91,11 @@ at::Tensor LlamaAttentionImpl::forward(const at::Tensor& x, const TokenBatch& ba
 
 LlamaMlpImpl::LlamaMlpImpl(const ModelConfig& c, const std::string& path, WeightSource& source) {
   const int64_t d = c.hidden_size, ff = c.intermediate_size;
-  gate_proj_ = register_module("gate_proj", projection(source, path + ".gate_proj", ff, d, c.mlp_bias));
+  gate_proj_ =
+      register_module("gate_proj", projection(source, path + ".gate_proj", ff, d, c.mlp_bias));
   up_proj_ = register_module("up_proj", projection(source, path + ".up_proj", ff, d, c.mlp_bias));
-  down_proj_ = register_module("down_proj", projection(source, path + ".down_proj", d, ff, c.mlp_bias));
+  down_proj_ =
+      register_module("down_proj", projection(source, path + ".down_proj", d, ff, c.mlp_bias));
 }
 
 at::Tensor LlamaMlpImpl::forward(const at::Tensor& x) {
@@ -96,10 +104,9 @@ at::Tensor LlamaMlpImpl::forward(const at::Tensor& x) {
 
 LlamaBlockImpl::LlamaBlockImpl(const ModelConfig& c, int64_t layer, const std::string& path,
                                WeightSource& source) {
-  input_layernorm_ = register_module(
-      "input_layernorm", norm_from(source, path + ".input_layernorm", c.hidden_size, c.rms_norm_eps));
-  self_attn_ =
-      register_module("self_attn", LlamaAttention(c, layer, path + ".self_attn", source));
+  input_layernorm_ = register_module("input_layernorm", norm_from(source, path + ".input_layernorm",
+                                                                  c.hidden_size, c.rms_norm_eps));
+  self_attn_ = register_module("self_attn", LlamaAttention(c, layer, path + ".self_attn", source));
   post_attention_layernorm_ = register_module(
       "post_attention_layernorm",
       norm_from(source, path + ".post_attention_layernorm", c.hidden_size, c.rms_norm_eps));
@@ -118,8 +125,8 @@ LlamaForCausalLM::LlamaForCausalLM(ModelConfig model_config, WeightSource& sourc
       rotary_(config().rope, config().head_dim) {
   const auto& c = config();
   auto table = source.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
-  auto head = c.tie_word_embeddings ? table
-                                    : source.matrix("lm_head.weight", c.vocab_size, c.hidden_size);
+  auto head =
+      c.tie_word_embeddings ? table : source.matrix("lm_head.weight", c.vocab_size, c.hidden_size);
   // Plain containers give the parameters transformers' paths.
   auto body = register_module("model", std::make_shared<torch::nn::Module>());
   embed_tokens_ = body->register_module("embed_tokens", EmbeddingSlot(std::move(table)));
@@ -127,7 +134,8 @@ LlamaForCausalLM::LlamaForCausalLM(ModelConfig model_config, WeightSource& sourc
   for (int64_t i = 0; i < c.num_hidden_layers; ++i)
     layers_.push_back(blocks->register_module(
         std::to_string(i), LlamaBlock(c, i, fmt::format("model.layers.{}", i), source)));
-  norm_ = body->register_module("norm", norm_from(source, "model.norm", c.hidden_size, c.rms_norm_eps));
+  norm_ =
+      body->register_module("norm", norm_from(source, "model.norm", c.hidden_size, c.rms_norm_eps));
   lm_head_ = register_module("lm_head", LinearSlot(std::move(head)));
 }
 
@@ -142,7 +150,9 @@ at::Tensor LlamaForCausalLM::hidden(const TokenBatch& batch, KvCache* cache) {
   return norm_(x);
 }
 
-at::Tensor LlamaForCausalLM::logits(const at::Tensor& hidden) { return lm_head_.get()->forward(hidden); }
+at::Tensor LlamaForCausalLM::logits(const at::Tensor& hidden) {
+  return lm_head_.get()->forward(hidden);
+}
 
 std::vector<at::Tensor> LlamaForCausalLM::head_parameters() const {
   std::vector<at::Tensor> trained;

@@ -34,9 +34,9 @@ class CausalLM : public torch::nn::Module {
   /// ids int64 [n, t] -> logits [n, t, vocabulary].
   at::Tensor forward(const at::Tensor& ids);
 
-  /// Next-token cross-entropy, summed. labels int64 [tokens]: labels[i] is the token that position i
-  /// must predict (already shifted), -100 = ignored. No logits of all tokens are ever held: the head
-  /// is applied to counted positions only, in chunks.
+  /// Next-token cross-entropy, summed. labels int64 [tokens]: labels[i] is the token that position
+  /// i must predict (already shifted), -100 = ignored. No logits of all tokens are ever held: the
+  /// head is applied to counted positions only, in chunks.
   LossSum loss(const TokenBatch& batch, const at::Tensor& labels);
 
   /// Parameters that require grad and are used by logits() alone.

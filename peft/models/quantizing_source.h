@@ -9,11 +9,14 @@ namespace budwood::models {
 /// nor are matrices whose names contain one of `skip`. The other source outlives it.
 class QuantizingSource final : public WeightSource {
  public:
-  QuantizingSource(WeightSource& source, quant::QuantizeOptions options, std::vector<std::string> skip);
+  QuantizingSource(WeightSource& source, quant::QuantizeOptions options,
+                   std::vector<std::string> skip);
 
   bool has(const std::string& name) const override { return source_.has(name); }
   quant::Weight matrix(const std::string& name, int64_t out, int64_t in) override;
-  at::Tensor vector(const std::string& name, int64_t size) override { return source_.vector(name, size); }
+  at::Tensor vector(const std::string& name, int64_t size) override {
+    return source_.vector(name, size);
+  }
   at::ScalarType dtype() const override { return source_.dtype(); }
   std::vector<std::string> unused() const override { return source_.unused(); }
 

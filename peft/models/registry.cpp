@@ -21,16 +21,20 @@ std::map<std::string, ModelFactory>& factories() {
 
 void require_exists(const std::string& path) {
   if (!fs::exists(path))
-    throw Error("load", fmt::format("'{}' does not exist; wanted a Hugging Face folder or a GGUF file", path));
+    throw Error(
+        "load",
+        fmt::format("'{}' does not exist; wanted a Hugging Face folder or a GGUF file", path));
 }
 
 ModelConfig folder_config(const fs::path& folder) {
   const auto file = folder / "config.json";
-  if (!fs::exists(file)) throw Error("load", fmt::format("'{}' has no config.json", folder.string()));
+  if (!fs::exists(file))
+    throw Error("load", fmt::format("'{}' has no config.json", folder.string()));
   return ModelConfig::from_json(io::read_file(file));
 }
 
-void require_all_used(const WeightSource& source, const ModelConfig& config, const std::string& path) {
+void require_all_used(const WeightSource& source, const ModelConfig& config,
+                      const std::string& path) {
   std::vector<std::string> strays;
   for (const auto& name : source.unused()) {
     // A tied head is sometimes stored again, and old files carry the rotary table.
@@ -41,8 +45,8 @@ void require_all_used(const WeightSource& source, const ModelConfig& config, con
   if (strays.empty()) return;
   const auto count = strays.size();
   if (strays.size() > 10) strays.resize(10);
-  throw Error("load", fmt::format("{}: {} tensors do not belong to a {} model of {} layers: {}{}", path,
-                                  count, config.model_type, config.num_hidden_layers,
+  throw Error("load", fmt::format("{}: {} tensors do not belong to a {} model of {} layers: {}{}",
+                                  path, count, config.model_type, config.num_hidden_layers,
                                   fmt::join(strays, ", "), count > strays.size() ? ", ..." : ""));
 }
 
@@ -52,16 +56,20 @@ bool wants_packed(const std::string& path, bool folder, const LoadOptions& optio
   if (options.weights != "packed")
     throw Error("load", fmt::format("weights is 'dense' or 'packed', found '{}'", options.weights));
   if (folder)
-    throw Error("load", fmt::format("'{}' is a folder: only the blocks of a GGUF file can be used packed; "
-                                    "quantize='nf4' packs a folder's weights while loading", path));
+    throw Error("load",
+                fmt::format("'{}' is a folder: only the blocks of a GGUF file can be used packed; "
+                            "quantize='nf4' packs a folder's weights while loading",
+                            path));
   if (!options.quantize.empty())
-    throw Error("load", fmt::format("packed weights are quantised already: take weights='dense' with "
-                                    "quantize='{}'", options.quantize));
+    throw Error("load",
+                fmt::format("packed weights are quantised already: take weights='dense' with "
+                            "quantize='{}'",
+                            options.quantize));
   return true;
 }
 
-std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source, const std::string& path,
-                                     const LoadOptions& options) {
+std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source,
+                                     const std::string& path, const LoadOptions& options) {
   std::shared_ptr<CausalLM> model;
   if (options.quantize.empty()) {
     model = build(std::move(config), source);

@@ -17,8 +17,8 @@ struct LoadOptions {
   /// "dense" decodes the blocks of a GGUF file; "packed" multiplies them as they lie in the mapped
   /// file, and dtype is then that of activations. A folder has no blocks.
   std::string weights = "dense";
-  /// Quantises each matrix while loading: "nf4", "fp4", "int8", "int4", "affine8" (quant/quantize.h);
-  /// empty = not.
+  /// Quantises each matrix while loading: "nf4", "fp4", "int8", "int4", "affine8"
+  /// (quant/quantize.h); empty = not.
   std::string quantize;
   /// Matrices whose names contain one of these are left as they are.
   std::vector<std::string> quantize_skip = {"lm_head", "embed"};
@@ -32,7 +32,7 @@ std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& optio
 ModelConfig read_config(const std::string& path);
 
 struct SaveOptions {
-  std::string dtype = "auto";          ///< "auto" keeps each weight's own
+  std::string dtype = "auto";              ///< "auto" keeps each weight's own
   int64_t max_shard_size = 5'000'000'000;  ///< bytes of one file
   /// Folder or GGUF file the model came from: tokeniser files are carried over (or written from the
   /// GGUF's metadata). Empty = none.

@@ -1,9 +1,9 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <budwood/peft/models/rope.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
@@ -54,8 +54,7 @@ at::Tensor yarn(const RopeConfig& rope, int64_t head_dim) {
   high = std::min(high, dim - 1);
   if (low == high) high += 0.001;
 
-  const auto frequencies =
-      at::pow(rope.theta, at::arange(0, head_dim, 2, at::kFloat) / dim);
+  const auto frequencies = at::pow(rope.theta, at::arange(0, head_dim, 2, at::kFloat) / dim);
   const auto kept = frequencies.reciprocal(), stretched = (rope.factor * frequencies).reciprocal();
   const auto ramp = ((at::arange(head_dim / 2, at::kFloat) - low) / (high - low)).clamp(0, 1);
   const auto share = 1 - ramp;
@@ -76,7 +75,8 @@ RotaryTable::RotaryTable(const RopeConfig& rope, int64_t head_dim) {
     attention_factor_ = yarn_attention_factor(rope);
   } else {
     throw Error("rope", fmt::format("rope type '{}' is not supported; supported: default, linear, "
-                                    "llama3, yarn", rope.type));
+                                    "llama3, yarn",
+                                    rope.type));
   }
   if (!rope.frequency_divisors.empty()) {
     if (static_cast<int64_t>(rope.frequency_divisors.size()) != head_dim / 2)

@@ -1,13 +1,13 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <array>
 #include <budwood/peft/io/gguf_tokenizer.h>
 #include <budwood/peft/io/hf_index.h>
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/slot.h>
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
+#include <array>
 #include <functional>
 #include <map>
 
@@ -41,7 +41,8 @@ Stored stored(const at::Tensor& t) {
 void check_plain(const std::string& path, const LinearSlotImpl& slot) {
   if (slot.merged().empty() && !slot.adapter_names().empty())
     throw Error("save", fmt::format("'{}' has the adapter '{}', which a plain model cannot hold: "
-                                    "merge or detach it first", path, slot.adapter_names()[0]));
+                                    "merge or detach it first",
+                                    path, slot.adapter_names()[0]));
 }
 
 // A merge into the head gives it a weight of its own; the files must then say so.
@@ -80,8 +81,10 @@ void write_weights(CausalLM& model, const fs::path& folder, const SaveOptions& o
   const auto all = tensors_of(model);
   std::vector<io::TensorSpec> specs;
   for (const auto& [name, tensor] : all)
-    specs.push_back({name, stored_dtype(keep ? tensor.dtype : scalar_type_of(options.dtype)), tensor.shape});
-  if (options.max_shard_size < 1) throw Error("save", "max_shard_size is a positive number of bytes");
+    specs.push_back(
+        {name, stored_dtype(keep ? tensor.dtype : scalar_type_of(options.dtype)), tensor.shape});
+  if (options.max_shard_size < 1)
+    throw Error("save", "max_shard_size is a positive number of bytes");
   io::ShardedWriter writer(folder, specs, static_cast<uint64_t>(options.max_shard_size));
   for (const auto& spec : writer.order()) {
     const auto& tensor = all.at(spec.name);
@@ -100,10 +103,16 @@ void write_weights(CausalLM& model, const fs::path& folder, const SaveOptions& o
   writer.commit();
 }
 
-constexpr std::array kCarried = {
-    "tokenizer.json",   "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json",       "merges.txt",            "tokenizer.model",         "chat_template.jinja",
-    "chat_template.json", "generation_config.json"};
+constexpr std::array kCarried = {"tokenizer.json",
+                                 "tokenizer_config.json",
+                                 "special_tokens_map.json",
+                                 "added_tokens.json",
+                                 "vocab.json",
+                                 "merges.txt",
+                                 "tokenizer.model",
+                                 "chat_template.jinja",
+                                 "chat_template.json",
+                                 "generation_config.json"};
 
 void carry_tokenizer(const fs::path& from, const fs::path& folder) {
   if (fs::is_directory(from)) {

@@ -32,7 +32,8 @@ at::Tensor equal_lengths(const at::Tensor& q, const at::Tensor& k, const at::Ten
   const bool windowed = shape.window > 0 && shape.window < tk;
   std::optional<at::Tensor> mask;
   const bool causal = tq == tk && tq > 1 && !windowed;
-  if (!causal && (tq > 1 || windowed)) mask = window_mask(tq, tk, windowed ? shape.window : 0, q.options());
+  if (!causal && (tq > 1 || windowed))
+    mask = window_mask(tq, tk, windowed ? shape.window : 0, q.options());
   const auto out =
       at::scaled_dot_product_attention(query, key, value, mask, 0.0, causal, shape.scale);
   return out.transpose(1, 2).reshape({q.size(0), heads, q.size(2)});
@@ -53,10 +54,10 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                          q.size(1), k.size(1)));
   if (shape.cu_q.size() != shape.cu_k.size() || shape.cu_q.size() < 2 ||
       shape.cu_q.back() != q.size(0) || shape.cu_k.back() != k.size(0))
-    throw Error("attention", fmt::format("sequence bounds end at {} and {}, the tensors at {} and {}",
-                                         shape.cu_q.empty() ? 0 : shape.cu_q.back(),
-                                         shape.cu_k.empty() ? 0 : shape.cu_k.back(), q.size(0),
-                                         k.size(0)));
+    throw Error("attention",
+                fmt::format("sequence bounds end at {} and {}, the tensors at {} and {}",
+                            shape.cu_q.empty() ? 0 : shape.cu_q.back(),
+                            shape.cu_k.empty() ? 0 : shape.cu_k.back(), q.size(0), k.size(0)));
 }
 
 }  // namespace
@@ -72,8 +73,8 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
     const auto q0 = shape.cu_q[s], k0 = shape.cu_k[s];
     const auto tq = shape.cu_q[s + 1] - q0, tk = shape.cu_k[s + 1] - k0;
     if (tq > 0)
-      parts.push_back(equal_lengths(q.narrow(0, q0, tq), k.narrow(0, k0, tk), v.narrow(0, k0, tk), 1,
-                                    shape));
+      parts.push_back(
+          equal_lengths(q.narrow(0, q0, tq), k.narrow(0, k0, tk), v.narrow(0, k0, tk), 1, shape));
   }
   return at::cat(parts);
 }

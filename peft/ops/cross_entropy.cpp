@@ -17,8 +17,8 @@ at::Tensor chunk_loss(const at::Tensor& logits, const at::Tensor& target) {
   return at::cross_entropy_loss(logits.to(at::kFloat), target, {}, at::Reduction::Sum);
 }
 
-// Gradients of a sum scale with the incoming scalar: the forward takes them for a scalar of 1, chunk
-// by chunk, and keeps only those of hidden and of the parameters.
+// Gradients of a sum scale with the incoming scalar: the forward takes them for a scalar of 1,
+// chunk by chunk, and keeps only those of hidden and of the parameters.
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden,
@@ -70,10 +70,11 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& labe
                                 const Project& project, const std::vector<at::Tensor>& parameters,
                                 int64_t chunk) {
   if (hidden.dim() != 2 || labels.dim() != 1 || labels.size(0) != hidden.size(0))
-    throw Error("linear_cross_entropy",
-                fmt::format("hidden is [tokens, d] and labels [tokens]; found {} dimensions with {} "
-                            "rows and {} labels",
-                            hidden.dim(), hidden.size(0), labels.numel()));
+    throw Error(
+        "linear_cross_entropy",
+        fmt::format("hidden is [tokens, d] and labels [tokens]; found {} dimensions with {} "
+                    "rows and {} labels",
+                    hidden.dim(), hidden.size(0), labels.numel()));
   bool differentiate = hidden.requires_grad();
   for (const auto& p : parameters) differentiate = differentiate || p.requires_grad();
   differentiate = differentiate && at::GradMode::is_enabled();
@@ -83,8 +84,9 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& labe
   const bool all = counted.numel() == labels.numel();
   const auto rows = all ? hidden : hidden.index_select(0, counted);
   const auto target = all ? labels : labels.index_select(0, counted);
-  return differentiate ? LinearCrossEntropy::apply(rows, at::TensorList(parameters), target, project, chunk)
-                       : without_grad(rows, target, project, chunk);
+  return differentiate
+             ? LinearCrossEntropy::apply(rows, at::TensorList(parameters), target, project, chunk)
+             : without_grad(rows, target, project, chunk);
 }
 
 }  // namespace budwood::ops

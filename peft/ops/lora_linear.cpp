@@ -14,7 +14,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor flat(const at::Tensor& t) { return t.reshape({-1, t.size(-1)}); }
+at::Tensor flat(const at::Tensor& t) {
+  return t.reshape({-1, t.size(-1)});
+}
 
 void check_factors(const at::Tensor& x, at::IntArrayRef shape, const at::Tensor& a,
                    const at::Tensor& b) {
@@ -80,15 +82,11 @@ std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& x, at::TensorL
           at::empty_symint({tokens, a.sym_size(0)}, a.options())};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(const at::Tensor& grad,
-                                                             const at::Tensor& x, const at::Tensor&,
-                                                             at::TensorList, int64_t,
-                                                             c10::SymIntArrayRef,
-                                                             const at::Tensor& a,
-                                                             const at::Tensor& b, double,
-                                                             bool need_x) {
-  auto dx = need_x ? at::empty_symint(x.sym_sizes(), grad.options())
-                   : at::empty({0}, grad.options());
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor&, at::TensorList, int64_t,
+    c10::SymIntArrayRef, const at::Tensor& a, const at::Tensor& b, double, bool need_x) {
+  auto dx =
+      need_x ? at::empty_symint(x.sym_sizes(), grad.options()) : at::empty({0}, grad.options());
   return {dx, at::empty_like(a), at::empty_like(b)};
 }
 
@@ -142,16 +140,17 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     const variable_list parts(saved.begin(), saved.begin() + static_cast<int64_t>(n));
     const auto shape = ctx->saved_data["shape"].toSymIntVector();
     const bool need_x = ctx->needs_input_grad(0);
-    auto [dx, da, db] =
-        call_backward(grads[0], saved[n], saved[n + 1], parts, ctx->saved_data["format"].toInt(),
-                      shape, saved[n + 2], saved[n + 3], ctx->saved_data["scaling"].toDouble(),
-                      need_x);
+    auto [dx, da, db] = call_backward(grads[0], saved[n], saved[n + 1], parts,
+                                      ctx->saved_data["format"].toInt(), shape, saved[n + 2],
+                                      saved[n + 3], ctx->saved_data["scaling"].toDouble(), need_x);
     // x, the parts, format, shape, bias, A, B, scaling
     variable_list result(n + 7);
     if (need_x) result[0] = dx;
     if (ctx->saved_data["bias"].toBool())
-      result[n + 3] = grads[0].reshape_symint({-1, shape[0]}).sum(0).to(
-          ctx->saved_data["bias_dtype"].toScalarType());
+      result[n + 3] = grads[0]
+                          .reshape_symint({-1, shape[0]})
+                          .sum(0)
+                          .to(ctx->saved_data["bias_dtype"].toScalarType());
     result[n + 4] = da;
     result[n + 5] = db;
     return result;
@@ -163,7 +162,8 @@ at::Tensor autograd_entry(const at::Tensor& x, at::TensorList parts, int64_t for
                           const at::Tensor& a, const at::Tensor& b, double scaling) {
   TORCH_CHECK(!parts.empty(), "[lora_linear] a weight has at least one part");
   for (const auto& part : parts)
-    TORCH_CHECK(!part.requires_grad(), "[lora_linear] the base weight is frozen, but it requires "
+    TORCH_CHECK(!part.requires_grad(),
+                "[lora_linear] the base weight is frozen, but it requires "
                 "grad; use linear and a separate low-rank product to train both");
   return LoraLinearFunction::apply(x, parts, format, shape, bias, a, b, scaling);
 }
@@ -191,8 +191,8 @@ at::Tensor autocast_entry(const at::Tensor& x, at::TensorList parts, int64_t for
                           c10::SymIntArrayRef shape, const OptionalTensor& bias,
                           const at::Tensor& a, const at::Tensor& b, double scaling) {
   c10::impl::ExcludeDispatchKeyGuard guard{key};
-  return call_entry(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), parts,
-                    format, shape, bias, a, b, scaling);
+  return call_entry(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device),
+                    parts, format, shape, bias, a, b, scaling);
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 
 namespace budwood::ops {
 
-/// y = x / rms(x) ∘ weight over the last dimension (arXiv 1910.07467), computed in fp32 or wider and
-/// returned in the dtype of x. Differentiable.
+/// y = x / rms(x) ∘ weight over the last dimension (arXiv 1910.07467), computed in fp32 or wider
+/// and returned in the dtype of x. Differentiable.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 
 /// silu(gate) ∘ up.

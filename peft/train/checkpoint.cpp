@@ -35,7 +35,8 @@ Json as_json(const RunState& s) {
                {"loss_sum", s.loss_sum},     {"loss_tokens", s.loss_tokens},
                {"best", nullptr},            {"options", Json::parse(s.options)},
                {"data", {{"rows", s.data_rows}, {"tokens", s.data_tokens}, {"crc32", s.data_checksum}}},
-               {"base", s.base}};
+               {"base", s.base},
+               {"evaluated_step", s.evaluated_step}};
   if (s.best) json["best"] = {{"step", s.best->step}, {"loss", s.best->loss}};
   return json;
 }
@@ -62,6 +63,7 @@ RunState from_json(const Json& json) {
   json.at("data").at("tokens").get_to(s.data_tokens);
   json.at("data").at("crc32").get_to(s.data_checksum);
   json.at("base").get_to(s.base);
+  json.at("evaluated_step").get_to(s.evaluated_step);
   return s;
 }
 

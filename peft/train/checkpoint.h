@@ -24,6 +24,7 @@ struct BestLoss {
 struct RunState {
   int64_t step = 0;  ///< optimiser steps done
   int64_t total_steps = 0;
+  int64_t evaluated_step = -1;  ///< of the last evaluation in the metrics
   SamplePosition position;
   int64_t tokens = 0;      ///< trained on so far
   double seconds = 0.0;    ///< spent so far

@@ -54,7 +54,7 @@ void start_run_folder(const fs::path& output, bool overwrite) {
   for (const char* name : {kMetrics, "training.json"}) fs::remove(output / name, ignored);
 }
 
-void trim_metrics(const fs::path& output, int64_t step) {
+void trim_metrics(const fs::path& output, int64_t step, int64_t evaluated_step) {
   const auto path = output / kMetrics;
   if (!fs::exists(path)) return;
   const auto text = io::read_file(path, uint64_t{1} << 34);
@@ -65,7 +65,7 @@ void trim_metrics(const fs::path& output, int64_t step) {
     const auto line = json::parse(text.begin() + static_cast<int64_t>(begin),
                                   text.begin() + static_cast<int64_t>(end), nullptr, false);
     if (line.is_object() && line.contains("step") && line["step"].is_number_integer() &&
-        line["step"].get<int64_t>() <= step)
+        line["step"].get<int64_t>() <= (line.contains("eval_loss") ? evaluated_step : step))
       kept.append(text, begin, end + 1 - begin);
     begin = end + 1;
   }

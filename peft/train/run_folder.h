@@ -13,8 +13,9 @@ struct Evaluation;
 /// Throws when the folder holds an earlier run; with `overwrite` that run's checkpoints, best/ and
 /// metrics are removed. Its adapter stays until the new one replaces it.
 void start_run_folder(const std::filesystem::path& output, bool overwrite);
-/// Drops metrics of steps after `step`, and a line that a kill cut short.
-void trim_metrics(const std::filesystem::path& output, int64_t step);
+/// Drops metrics of steps after `step`, evaluations after `evaluated_step`, and a line that a kill
+/// cut short.
+void trim_metrics(const std::filesystem::path& output, int64_t step, int64_t evaluated_step);
 
 void append_metrics(const std::filesystem::path& output, const StepMetrics& metrics);
 void append_metrics(const std::filesystem::path& output, int64_t step, const Evaluation& evaluation);

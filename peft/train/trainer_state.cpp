@@ -58,7 +58,7 @@ void Trainer::open_output() {
     const io::AtomicFolder probe(options_.output, io::Existing::keep_others);
   }
   if (resumed_)
-    trim_metrics(options_.output, state_.step);
+    trim_metrics(options_.output, state_.step, state_.evaluated_step);
   else
     start_run_folder(options_.output, options_.overwrite);
   std::error_code error;
@@ -152,7 +152,8 @@ void Trainer::evaluate_and_keep_best(TrainResult& result) {
   const auto evaluation = evaluate();
   result.evaluation = evaluation;
   evaluated_step_ = state_.step;
-  if (!options_.output.empty()) append_metrics(options_.output, state_.step, evaluation);
+  const bool recorded = std::exchange(state_.evaluated_step, state_.step) == state_.step;
+  if (!options_.output.empty() && !recorded) append_metrics(options_.output, state_.step, evaluation);
   if (on_evaluation) on_evaluation(state_.step, evaluation);
   if (state_.best && state_.best->loss <= evaluation.loss) return;
   state_.best = {state_.step, evaluation.loss};

@@ -12,7 +12,8 @@ void accumulate(const float* w, const float* x, int64_t n, float* lanes) {
   }
   for (int64_t i = 0; i < n; i += kDotLanes) {
     for (int j = 0; j < 8; ++j) {
-      const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(w + i + 8 * j), _mm256_loadu_ps(x + i + 8 * j));
+      const __m256 product =
+          _mm256_mul_ps(_mm256_loadu_ps(w + i + 8 * j), _mm256_loadu_ps(x + i + 8 * j));
       sums[j] = _mm256_add_ps(sums[j], product);
     }
   }

@@ -12,7 +12,8 @@ void accumulate(const float* w, const float* x, int64_t n, float* lanes) {
   }
   for (int64_t i = 0; i < n; i += kDotLanes) {
     for (int j = 0; j < 4; ++j) {
-      const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(w + i + 16 * j), _mm512_loadu_ps(x + i + 16 * j));
+      const __m512 product =
+          _mm512_mul_ps(_mm512_loadu_ps(w + i + 16 * j), _mm512_loadu_ps(x + i + 16 * j));
       sums[j] = _mm512_add_ps(sums[j], product);
     }
   }

@@ -20,7 +20,7 @@ int main() {
   const auto x = torch::randn({3, 4}), before = layer(x);
   std::vector<torch::Tensor> trained;
   for (const auto& [path, p] : budwood::trainable_parameters(model)) trained.push_back(p);
-  torch::optim::SGD optimizer(trained, 0.1);
+  torch::optim::SGD optimizer(trained, 0.01);
   for (int step = 0; step < 3; ++step) {
     optimizer.zero_grad();
     layer(x).square().sum().backward();
@@ -31,7 +31,7 @@ int main() {
   const bool merged = torch::allclose(layer(x), after, 1e-5, 1e-5);
   std::cout << "budwood " << BUDWOOD_VERSION << ": " << report.places.size() << " place, "
             << report.trainable << " trainable parameters, moved "
-            << (after - before).abs().max().item<float>() << ", merged " << (merged ? "equal" : "DIFFERENT")
-            << "\n";
+            << (after - before).abs().max().item<float>() << ", merged "
+            << (merged ? "equal" : "DIFFERENT") << "\n";
   return merged && trained.size() == 2 && !torch::equal(before, after) ? 0 : 1;
 }

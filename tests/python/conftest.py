@@ -24,10 +24,20 @@ TINY = {
     "eos_token_id": 2,
 }
 
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-        "original_max_position_embeddings": 16}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 50000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 
@@ -35,8 +45,9 @@ def tiny_configs() -> dict:
     t = transformers
     return {
         "llama": t.LlamaConfig(**TINY, head_dim=8),
-        "llama-tied-bias": t.LlamaConfig(**TINY, head_dim=8, tie_word_embeddings=True,
-                                         attention_bias=True, mlp_bias=True),
+        "llama-tied-bias": t.LlamaConfig(
+            **TINY, head_dim=8, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+        ),
         "llama-wide-head": t.LlamaConfig(**TINY, head_dim=16),
         "llama-linear": t.LlamaConfig(**TINY, head_dim=8, rope_parameters=LINEAR),
         "llama-llama3": t.LlamaConfig(**TINY, head_dim=8, rope_parameters=LLAMA3),
@@ -44,8 +55,9 @@ def tiny_configs() -> dict:
         "mistral-window": t.MistralConfig(**TINY, head_dim=8, sliding_window=5),
         "mistral-full": t.MistralConfig(**TINY, head_dim=8, sliding_window=None),
         "qwen2": t.Qwen2Config(**TINY),
-        "qwen2-window": t.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=6,
-                                      max_window_layers=1),
+        "qwen2-window": t.Qwen2Config(
+            **TINY, use_sliding_window=True, sliding_window=6, max_window_layers=1
+        ),
         "qwen3": t.Qwen3Config(**TINY, head_dim=16),
     }
 

@@ -20,6 +20,10 @@ from tiny_tokenizer import save_tiny_llama
 
 import peft
 
+# One thread: the models are tiny, and threads that wait for each other on a busy machine are slow.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 CONVERSATION = [
     {"role": "user", "content": "Say hi"},
     {"role": "assistant", "content": "Hi there"},
@@ -132,7 +136,7 @@ def test_a_token_file_of_another_tokeniser_is_refused(model, rows, tmp_path, cap
 
 
 def test_an_interrupted_training_resumes_to_the_same_bytes(model, rows, tmp_path):
-    long = {"steps": 400, "log_every": 5}
+    long = {"steps": 60, "log_every": 1}
     whole = write(tmp_path / "a.yaml", settings(model, rows, tmp_path / "a", **long))
     assert main(["train", str(whole)]) == 0
     cut = write(tmp_path / "b.yaml", settings(model, rows, tmp_path / "b", **long))

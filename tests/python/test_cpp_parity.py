@@ -2,27 +2,46 @@
 
 import json
 
-import peft
 import pytest
 import torch
 import transformers
 from budwood import _C
 from conftest import TINY, make_tiny
 
-IDS = torch.tensor([[5, 17, 3, 96, 41, 8, 22, 60, 13, 2, 71, 33], [9, 9, 1, 50, 6, 88, 7, 4, 19, 30, 12, 77]])
+import peft
+
+IDS = torch.tensor(
+    [[5, 17, 3, 96, 41, 8, 22, 60, 13, 2, 71, 33], [9, 9, 1, 50, 6, 88, 7, 4, 19, 30, 12, 77]]
+)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "all-linear": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
     "regex": {"r": 2, "lora_alpha": 3, "target_modules": r".*layers\.[02]\..*(up|down)_proj"},
     "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ALL},
-    "patterns": {"r": 4, "lora_alpha": 8, "target_modules": ALL, "use_rslora": True,
-                 "rank_pattern": {"layers.0.*q_proj": 2, "down_proj": 6}, "alpha_pattern": {"down_proj": 3}},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ALL,
+        "use_rslora": True,
+        "rank_pattern": {"layers.0.*q_proj": 2, "down_proj": 6},
+        "alpha_pattern": {"down_proj": 3},
+    },
     "lora_bias": {"r": 4, "lora_alpha": 8, "target_modules": ALL, "lora_bias": True},
     "bias-all": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "all"},
-    "bias-lora_only": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    "bias-lora_only": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "o_proj"],
+        "bias": "lora_only",
+    },
     "layers": {"r": 4, "lora_alpha": 8, "target_modules": ALL, "layers_to_transform": [1]},
-    "exclude": {"r": 4, "lora_alpha": 8, "target_modules": ALL, "exclude_modules": ["layers.1.mlp.up_proj"]},
+    "exclude": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ALL,
+        "exclude_modules": ["layers.1.mlp.up_proj"],
+    },
     "head": {"r": 4, "lora_alpha": 8, "target_modules": ["lm_head", "q_proj"]},
 }
 
@@ -32,7 +51,9 @@ def relative(found, wanted):
 
 
 def peft_model(family, settings, seed=3):
-    model = peft.get_peft_model(make_tiny(family), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    model = peft.get_peft_model(
+        make_tiny(family), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -68,7 +89,9 @@ def test_a_peft_adapter_loads_with_equal_logits_and_gradients(case, tiny_folder,
     wanted = reference(input_ids=IDS).logits
     assert relative(model(IDS), wanted) < 1e-5
 
-    loss = torch.nn.functional.cross_entropy(wanted.reshape(-1, TINY["vocab_size"]), labels.reshape(-1))
+    loss = torch.nn.functional.cross_entropy(
+        wanted.reshape(-1, TINY["vocab_size"]), labels.reshape(-1)
+    )
     loss.backward()
     found = model.loss(_C.TokenBatch.from_rows(IDS), labels.reshape(-1))
     (found.sum / found.count).backward()
@@ -107,7 +130,8 @@ def test_our_adapter_loads_in_peft_and_merges_equal(case, tiny_folder, tmp_path)
 def test_training_follows_pefts_loss_curve(tiny_folder, tmp_path):
     """Same data, order, initial weights and optimiser: 20 steps."""
     reference = peft.get_peft_model(
-        make_tiny("llama"), peft.LoraConfig(task_type="CAUSAL_LM", **CASES["all-linear"]))
+        make_tiny("llama"), peft.LoraConfig(task_type="CAUSAL_LM", **CASES["all-linear"])
+    )
     reference.save_pretrained(tmp_path / "start")
     model = _C.load_model(str(tiny_folder("llama")), dtype="float32")
     _C.load_adapter(model, str(tmp_path / "start"))
@@ -148,8 +172,12 @@ def test_faults_of_an_adapter_file_are_listed_all_at_once(tiny_folder, tmp_path)
     with pytest.raises(_C.Error) as raised:
         _C.load_adapter(model, str(folder))
     message = str(raised.value)
-    for part in (f"missing: {names[0]}", "unknown: base_model.model.stray", f"shape: {names[1]} is [3, 3]",
-                 f"values: {names[2]} holds NaN"):
+    for part in (
+        f"missing: {names[0]}",
+        "unknown: base_model.model.stray",
+        f"shape: {names[1]} is [3, 3]",
+        f"values: {names[2]} holds NaN",
+    ):
         assert part in message
     assert torch.equal(model(IDS), before)
 
@@ -176,7 +204,9 @@ def test_a_pattern_that_matches_nothing_is_an_error(tiny_folder):
         _C.inject(model, _C.LoraConfig(target_modules=["q_proj", "query_key_value"]))
     with pytest.raises(_C.Error):
         _C.inject(model, _C.LoraConfig(target_modules="nothing.*"))
-    assert _C.inject(model, _C.LoraConfig(target_modules=["q_proj"]))["places"][0]["path"].endswith("q_proj")
+    assert _C.inject(model, _C.LoraConfig(target_modules=["q_proj"]))["places"][0]["path"].endswith(
+        "q_proj"
+    )
 
 
 def test_inspect_says_what_an_adapter_is(tiny_folder, tmp_path):
@@ -191,8 +221,12 @@ def test_inspect_says_what_an_adapter_is(tiny_folder, tmp_path):
     assert len(info["modules"]) == 21
     down = next(m for m in info["modules"] if m["path"] == "model.layers.1.mlp.down_proj")
     assert (down["rank"], down["alpha"]) == (6, 3)
-    a, b = (dict(_C.trainable_parameters(model))[f"model.layers.1.mlp.down_proj.adapter_default.lora_{x}"]
-            for x in "AB")
+    a, b = (
+        dict(_C.trainable_parameters(model))[
+            f"model.layers.1.mlp.down_proj.adapter_default.lora_{x}"
+        ]
+        for x in "AB"
+    )
     assert down["delta_norm"] == pytest.approx((down["scaling"] * b @ a).norm().item(), rel=1e-5)
     assert json.loads(_C.inspect(tiny_folder("llama")))["kind"] == "model"
     with pytest.raises(_C.Error):

@@ -9,7 +9,9 @@ import transformers
 from budwood import _C
 from conftest import TINY, make_tiny, tiny_configs
 
-IDS = torch.tensor([[5, 17, 3, 96, 41, 8, 22, 60, 13, 2, 71, 33], [9, 9, 1, 50, 6, 88, 7, 4, 19, 30, 12, 77]])
+IDS = torch.tensor(
+    [[5, 17, 3, 96, 41, 8, 22, 60, 13, 2, 71, 33], [9, 9, 1, 50, 6, 88, 7, 4, 19, 30, 12, 77]]
+)
 
 
 def relative(found, wanted):
@@ -37,8 +39,13 @@ def test_cached_generation_equals_the_uncached_forward(name, tiny_folder):
             logits = model(torch.tensor([ids]))[0, -1]
         assert logits.argmax().item() == token
         ids.append(token)
-    wanted = make_tiny(name).generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
-                                      eos_token_id=10_000, pad_token_id=0)
+    wanted = make_tiny(name).generate(
+        torch.tensor([prompt]),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=10_000,
+        pad_token_id=0,
+    )
     assert prompt + new == wanted[0].tolist()
 
 
@@ -146,7 +153,9 @@ def test_a_wrong_config_is_a_clear_error(change, message, tiny_folder, tmp_path)
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder("llama"), folder)
     config = json.loads((folder / "config.json").read_text()) | change
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
     with pytest.raises(_C.Error, match=message):
         _C.load_model(str(folder))
 

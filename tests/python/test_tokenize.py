@@ -81,9 +81,9 @@ def test_multi_turn_chat_counts_the_answers_with_their_end_of_turn(smollm2):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="<")), min_size=2))
+@given(st.lists(st.text(st.characters(max_codepoint=0xFFFF, codec="utf-8")), min_size=2))
 def test_chat_mask_holds_for_any_content(smollm2, contents):
-    contents = [c for c in contents if c.strip()][:6]
+    contents = [c for c in contents if c.strip() and "<|" not in c][:6]
     if len(contents) < 2:
         return
     roles = ("user", "assistant")
@@ -91,7 +91,14 @@ def test_chat_mask_holds_for_any_content(smollm2, contents):
     encoded = encode(smollm2, {"messages": messages})
     assert encoded.counted == chatml_mask(smollm2, encoded.ids)
     wanted = "".join(c + "<|im_end|>" for c in contents[1::2])
-    assert counted_text(smollm2, encoded) == wanted
+    assert encoded.lost or counted_text(smollm2, encoded) == wanted
+
+
+def test_characters_that_the_tokeniser_drops_are_counted(tmp_path, smollm2):
+    (tmp_path / "a.txt").write_text("one\x06 two\x06\n")
+    statistics = write_token_file(tmp_path, tmp_path / "x.tokens", smollm2)
+    assert statistics.lost_characters == 2
+    assert f"first are in {tmp_path / 'a.txt'}" in statistics.warnings[0]
 
 
 def test_completion_counts_from_its_first_character_to_the_end_token(smollm2):
@@ -149,8 +156,8 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token():
 
 
 def test_an_answer_that_cannot_be_found_is_an_error_that_names_it():
-    shouting = byte_tokenizer(SHOUTING)
-    assert counted_text(shouting, encode(shouting, {"messages": CONVERSATION[:3]})).startswith("4,")
+    with pytest.raises(Error, match=r"rows.jsonl:1: .*messages\[2\] .* this answer begins"):
+        encode(byte_tokenizer(SHOUTING), {"messages": CONVERSATION})
     stubborn = byte_tokenizer("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}")
     with pytest.raises(Error, match=r"rows.jsonl:1: .*messages\[2\] differently"):
         encode(stubborn, {"messages": CONVERSATION})
@@ -275,7 +282,7 @@ def test_the_tokeniser_of_a_gguf_opens_and_has_the_vocabulary_of_transformers(
 
 
 def test_fingerprints_of_different_tokenisers_differ(smollm2):
-    assert fingerprint(smollm2) != fingerprint()
+    assert fingerprint(smollm2) != fingerprint(byte_tokenizer())
     assert len(fingerprint(smollm2)) == 64
 
 

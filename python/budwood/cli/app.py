@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Exit, Option
@@ -106,7 +106,11 @@ def train(
     """
     from . import train as verb
 
-    verb.run(config, overrides or [], resume=resume, overwrite=overwrite, plot=plot, as_json=json)
+    status = verb.run(
+        config, overrides or [], resume=resume, overwrite=overwrite, plot=plot, as_json=json
+    )
+    if status != 0:
+        raise Exit(status)
 
 
 @app.command("eval")
@@ -299,7 +303,7 @@ def tokenize(
 def run(arguments: list[str]) -> int:
     """Runs the command line; errors become one line and a status that is not 0."""
     try:
-        status: Any = app(args=arguments, prog_name="budwood", standalone_mode=False)
+        status = app(args=arguments, prog_name="budwood", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except Exit as stop:
         return stop.exit_code

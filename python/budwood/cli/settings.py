@@ -29,6 +29,9 @@ DATA = {"train": None, "eval": None, "format": "auto", "bos": None, "eos": True}
 SAMPLING = ("sequence_length", "packing", "long_rows", "shuffle")
 # Options of the trainer that stand at the top.
 SHARED = ("seed", "output", "resume", "overwrite", "adapter")
+# Options of the adapter that config.yaml states also when they have their defaults. All of them
+# stand in adapter_config.json.
+SHOWN_ADAPTER = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "init_lora_weights")
 METHODS = {"lora": "LORA"}
 KINDS = {str: "text", bool: "true or false", int: "a whole number", dict: "a mapping"}
 
@@ -131,6 +134,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
         "overwrite": top["overwrite"],
         "adapter": name,
     }
+    shown = {key: adapter_defaults[key] for key in SHOWN_ADAPTER}
     adapter.setdefault("task_type", "CAUSAL_LM")
     adapter.setdefault("base_model_name_or_path", top["model"])
     return Settings(
@@ -146,7 +150,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
         resolved={
             **{key: top[key] for key in ("model", "tokenizer", "dtype", "seed", "output")},
             "data": data,
-            "adapter": {"method": method, "name": name, **adapter},
+            "adapter": {"method": method, "name": name, **shown, **adapter},
             "train": train,
         },
     )

@@ -60,11 +60,8 @@ def run(
     if sequence_length is not None:
         pairs.append((f"longer than {sequence_length}", count(statistics.truncated)))
     output.figures(pairs)
-    if statistics.without_targets:
-        output.warn(
-            f"{count(statistics.without_targets)} rows have no target within {sequence_length} "
-            "tokens: training would leave them out unless it splits long rows"
-        )
+    for warning in statistics.warnings:
+        output.warn(warning)
     if out is not None:
         output.say(f"written to {out}")
     output.result({**statistics.as_dict(), "output": None if out is None else str(out)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def open_rows(
         f"{which}: {count(statistics.rows)} rows, {count(statistics.tokens)} tokens, "
         f"{count(statistics.targets)} targets"
     )
+    for warning in statistics.warnings:
+        output.warn(warning)
     return _C.TokenFile.open(str(target))
 
 
@@ -151,10 +154,10 @@ def show_result(
     result: dict[str, Any],
     plotted: bool,
 ) -> None:
-    folder = settings.output
+    folder, loss = settings.output, result["final_loss"]
     pairs = [
         ("steps", count(result["steps"])),
-        ("loss", f"{result['final_loss']:.4f}"),
+        ("loss", "none logged" if math.isnan(loss) else f"{loss:.4f}"),
         ("tokens", f"{count(result['tokens'])}, {result['tokens_per_second']:.0f} a second"),
         ("time", duration(result["seconds"])),
         ("memory", f"{count(round(result['peak_rss_mb']))} MB at most"),

@@ -23,10 +23,14 @@ from .rows import Row
 
 @dataclass
 class Encoded:
-    """Token ids of a row and, for each, whether the loss counts on it."""
+    """Token ids of a row and, for each, whether the loss counts on it.
+
+    lost: characters that the tokeniser has no token for and drops; white space is not counted.
+    """
 
     ids: list[int]
     counted: list[bool]
+    lost: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,7 +65,8 @@ class Encoder:
     def __call__(self, row: Row) -> Encoded:
         """Raises Error naming the row when its counted part cannot be told apart."""
         if row.kind == "text":
-            return self._text(row)
+            ids, offsets = self._tokenise(row.text)
+            return self._close(ids, [True] * len(ids), uncovered(row.text, offsets))
         if row.kind == "completion":
             return self._completion(row)
         return self._messages(row)
@@ -82,22 +87,19 @@ class Encoder:
         )
         return list(result["input_ids"]), [tuple(span) for span in result["offset_mapping"]]
 
-    def _close(self, ids: list[int], counted: list[bool]) -> Encoded:
+    def _close(self, ids: list[int], counted: list[bool], lost: int) -> Encoded:
         """Adds the tokens around a row of text unless its text already holds them."""
         if self.bos is not None and ids[:1] != [self.bos]:
             ids, counted = [self.bos, *ids], [False, *counted]
         if self.eos is not None and ids[-1:] != [self.eos]:
             ids, counted = [*ids, self.eos], [*counted, True]
-        return Encoded(ids, counted)
-
-    def _text(self, row: Row) -> Encoded:
-        ids = self.tokenizer(row.text, add_special_tokens=False, verbose=False).input_ids
-        return self._close(ids, [True] * len(ids))
+        return Encoded(ids, counted, lost)
 
     def _completion(self, row: Row) -> Encoded:
-        ids, offsets = self._tokenise(row.prompt + row.completion)
+        text = row.prompt + row.completion
+        ids, offsets = self._tokenise(text)
         first = self._boundary(ids, offsets, row, row.prompt, len(row.prompt))
-        return self._close(ids, [i >= first for i in range(len(ids))])
+        return self._close(ids, [i >= first for i in range(len(ids))], uncovered(text, offsets))
 
     def _messages(self, row: Row) -> Encoded:
         text, spans = answer_spans(self.tokenizer, row)
@@ -118,7 +120,7 @@ class Encoder:
         if not stops and self.eos is not None and row.messages[-1]["role"] == "assistant":
             # A template without an end-of-turn token: the end of the row has to teach stopping.
             ids, counted = [*ids, self.eos], [*counted, True]
-        return Encoded(ids, counted)
+        return Encoded(ids, counted, uncovered(text, offsets))
 
     def _boundary(
         self,
@@ -143,3 +145,17 @@ class Encoder:
             f"{before[-20:]!r}; move white space from the end of the prompt to the start of the "
             "completion"
         )
+
+
+def uncovered(text: str, offsets: list[tuple[int, int]]) -> int:
+    """Characters that no token covers, white space aside."""
+    lost, end = 0, 0
+    for begin, after in [*offsets, (len(text), len(text))]:
+        if begin > end:
+            lost += sum(not _is_space(c) for c in text[end:begin])
+        end = max(end, after)
+    return lost
+
+
+def _is_space(c: str) -> bool:
+    return c.isspace() and not "\x1c" <= c <= "\x1f"  # Python takes four control codes for space

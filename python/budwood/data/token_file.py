@@ -17,7 +17,8 @@ from .rows import Row, read_rows
 class Statistics:
     """What a token file holds. `truncated`: rows longer than `sequence_length` inputs, which
     training cuts unless it packs by "concat" or splits long rows; `without_targets`: rows of which
-    then nothing is left to learn from."""
+    then nothing is left to learn from. `lost_characters`: those that the tokeniser has no token
+    for; `first_lost`: the first row that has some."""
 
     rows: int = 0
     tokens: int = 0
@@ -26,16 +27,37 @@ class Statistics:
     sequence_length: int | None = None
     truncated: int = 0
     without_targets: int = 0
+    lost_characters: int = 0
+    first_lost: str | None = None
 
-    def add(self, row: Encoded) -> None:
+    def add(self, row: Encoded, place: str) -> None:
         self.rows += 1
         self.tokens += len(row)
         self.targets += row.targets
         self.longest = max(self.longest, len(row))
+        self.lost_characters += row.lost
+        if row.lost and self.first_lost is None:
+            self.first_lost = place
         if self.sequence_length is not None:
             end = self.sequence_length + 1
             self.truncated += len(row) > end
             self.without_targets += not any(row.counted[1:end])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know before training."""
+        found = []
+        if self.lost_characters:
+            found.append(
+                f"the tokeniser has no token for {self.lost_characters:,} characters and drops "
+                f"them; the first are in {self.first_lost}"
+            )
+        if self.without_targets:
+            found.append(
+                f"{self.without_targets:,} rows have no target within {self.sequence_length} "
+                "tokens: training leaves them out unless it splits long rows"
+            )
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,7 +89,7 @@ def write_token_file(
     for row in read_rows(source, form):
         encoded = encoder(row)
         writer.add(encoded.ids, encoded.counted)
-        statistics.add(encoded)
+        statistics.add(encoded, row.place)
         if on_row is not None:
             on_row(row, encoded)
     writer.commit()

@@ -14,15 +14,19 @@ TEST_CASE("a dense weight multiplies like its matrix in every mix of dtypes") {
     for (const auto computed : {torch::kFloat, torch::kDouble})
       for (const bool transposed : {false, true}) {
         const auto kept = w.to(stored);
-        const auto weight = transposed ? Weight::dense_transposed(kept.t().contiguous()) : Weight::dense(kept);
+        const auto weight =
+            transposed ? Weight::dense_transposed(kept.t().contiguous()) : Weight::dense(kept);
         const auto x = torch::randn({2, 5, 19}, computed), g = torch::randn({2, 5, 37}, computed);
         const auto exact = kept.to(torch::kDouble);
         const double bound = computed == torch::kDouble ? 1e-12 : 1e-5;
-        CHECK(torch::allclose(weight.linear(x).to(torch::kDouble), x.to(torch::kDouble).matmul(exact.t()), bound, bound));
-        CHECK(torch::allclose(weight.backward_input(g).to(torch::kDouble), g.to(torch::kDouble).matmul(exact), bound, bound));
+        CHECK(torch::allclose(weight.linear(x).to(torch::kDouble),
+                              x.to(torch::kDouble).matmul(exact.t()), bound, bound));
+        CHECK(torch::allclose(weight.backward_input(g).to(torch::kDouble),
+                              g.to(torch::kDouble).matmul(exact), bound, bound));
         CHECK(torch::equal(weight.rows(3, 11, torch::kDouble), exact.slice(0, 3, 11)));
         const auto ids = torch::tensor({{4, 0}, {36, 4}}, torch::kLong);
-        CHECK(torch::equal(weight.gather(ids, torch::kDouble), exact.index_select(0, ids.view(-1)).view({2, 2, 19})));
+        CHECK(torch::equal(weight.gather(ids, torch::kDouble),
+                           exact.index_select(0, ids.view(-1)).view({2, 2, 19})));
       }
 }
 
@@ -41,6 +45,7 @@ TEST_CASE("parts that do not fit format and shape are refused") {
   CHECK_THROWS_AS(Weight::from_parts({w}, 1, 4, 3), Error);
   CHECK_THROWS_AS(Weight::from_parts({w, w}, 0, 4, 3), Error);
   CHECK_THROWS_AS(Weight::from_parts({w.to(torch::kLong)}, 0, 4, 3), Error);
-  CHECK_THROWS_WITH_AS(Weight::from_parts({w}, 9999, 4, 3), doctest::Contains("unknown weight format 9999"), Error);
+  CHECK_THROWS_WITH_AS(Weight::from_parts({w}, 9999, 4, 3),
+                       doctest::Contains("unknown weight format 9999"), Error);
   CHECK_THROWS_AS(Weight::dense(w).rows(2, 5, torch::kFloat), Error);
 }

@@ -20,8 +20,10 @@ torch::Tensor reference(const torch::Tensor& q, const torch::Tensor& k, const to
       for (int64_t h = 0; h < q.size(1); ++h) {
         const int64_t last = tk - tq + i;
         const int64_t first = shape.window > 0 ? std::max<int64_t>(0, last - shape.window + 1) : 0;
-        const auto keys = k.slice(0, shape.cu_k[s] + first, shape.cu_k[s] + last + 1).select(1, h / group);
-        const auto values = v.slice(0, shape.cu_k[s] + first, shape.cu_k[s] + last + 1).select(1, h / group);
+        const auto keys =
+            k.slice(0, shape.cu_k[s] + first, shape.cu_k[s] + last + 1).select(1, h / group);
+        const auto values =
+            v.slice(0, shape.cu_k[s] + first, shape.cu_k[s] + last + 1).select(1, h / group);
         const auto p = (keys.matmul(q[shape.cu_q[s] + i][h]) * shape.scale).softmax(0);
         out[shape.cu_q[s] + i][h] = p.matmul(values);
       }
@@ -34,10 +36,14 @@ torch::Tensor reference(const torch::Tensor& q, const torch::Tensor& k, const to
 TEST_CASE("attention equals one query at a time: groups, windows, ragged rows, cached keys") {
   torch::manual_seed(0);
   const AttentionShape shapes[] = {
-      {{0, 6}, {0, 6}, 0.3, 0},           {{0, 4, 8}, {0, 4, 8}, 0.3, 0},
-      {{0, 3, 4, 9}, {0, 3, 4, 9}, 0.3, 0}, {{0, 6}, {0, 6}, 0.3, 2},
-      {{0, 3, 9}, {0, 3, 9}, 0.3, 4},     {{0, 1}, {0, 7}, 0.3, 0},
-      {{0, 2, 4}, {0, 5, 10}, 0.3, 0},    {{0, 1, 2}, {0, 5, 10}, 0.3, 3},
+      {{0, 6}, {0, 6}, 0.3, 0},
+      {{0, 4, 8}, {0, 4, 8}, 0.3, 0},
+      {{0, 3, 4, 9}, {0, 3, 4, 9}, 0.3, 0},
+      {{0, 6}, {0, 6}, 0.3, 2},
+      {{0, 3, 9}, {0, 3, 9}, 0.3, 4},
+      {{0, 1}, {0, 7}, 0.3, 0},
+      {{0, 2, 4}, {0, 5, 10}, 0.3, 0},
+      {{0, 1, 2}, {0, 5, 10}, 0.3, 3},
       {{0, 6}, {0, 6}, 0.3, 100},
   };
   for (const auto& shape : shapes) {

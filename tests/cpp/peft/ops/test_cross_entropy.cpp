@@ -5,7 +5,9 @@
 
 using budwood::ops::linear_cross_entropy;
 
-TEST_CASE("the chunked loss equals the whole one for every chunk size, with gradients of head and hidden") {
+TEST_CASE(
+    "the chunked loss equals the whole one for every chunk size, with gradients of head and "
+    "hidden") {
   torch::manual_seed(0);
   auto hidden = torch::randn({9, 5}, torch::kDouble).requires_grad_();
   auto head = torch::randn({11, 5}, torch::kDouble).requires_grad_();
@@ -21,7 +23,8 @@ TEST_CASE("the chunked loss equals the whole one for every chunk size, with grad
     const auto found = torch::autograd::grad({loss * 3}, {hidden, head});
     for (size_t i = 0; i < 2; ++i) CHECK(torch::allclose(found[i], 3 * exact[i], 1e-5, 1e-6));
     torch::NoGradGuard no_grad;
-    CHECK(std::abs(linear_cross_entropy(hidden, labels, project, {}, chunk).item<double>() - whole.item<double>()) < 1e-5);
+    CHECK(std::abs(linear_cross_entropy(hidden, labels, project, {}, chunk).item<double>() -
+                   whole.item<double>()) < 1e-5);
   }
 }
 

@@ -10,7 +10,8 @@ TEST_CASE("lora_linear and linear give autograd's values and gradients in float6
   torch::manual_seed(0);
   for (const bool transposed : {false, true}) {
     const auto w = torch::randn({7, 5}, torch::kDouble);
-    const auto weight = transposed ? Weight::dense_transposed(w.t().contiguous()) : Weight::dense(w);
+    const auto weight =
+        transposed ? Weight::dense_transposed(w.t().contiguous()) : Weight::dense(w);
     auto x = torch::randn({2, 3, 5}, torch::kDouble).requires_grad_();
     auto bias = torch::randn({7}, torch::kDouble).requires_grad_();
     auto a = torch::randn({2, 5}, torch::kDouble).requires_grad_();
@@ -21,7 +22,8 @@ TEST_CASE("lora_linear and linear give autograd's values and gradients in float6
     CHECK(torch::allclose(y, wanted, 1e-12, 1e-12));
     const auto found = torch::autograd::grad({y}, {x, bias, a, b}, {g});
     const auto exact = torch::autograd::grad({wanted}, {x, bias, a, b}, {g});
-    for (size_t i = 0; i < found.size(); ++i) CHECK(torch::allclose(found[i], exact[i], 1e-12, 1e-12));
+    for (size_t i = 0; i < found.size(); ++i)
+      CHECK(torch::allclose(found[i], exact[i], 1e-12, 1e-12));
     const auto plain = budwood::quant::linear(x, weight, bias);
     CHECK(torch::allclose(plain, x.matmul(w.t()) + bias, 1e-12, 1e-12));
     CHECK(torch::allclose(torch::autograd::grad({plain}, {x}, {g})[0], g.matmul(w), 1e-12, 1e-12));
@@ -34,7 +36,8 @@ TEST_CASE("a frozen weight gets no gradient, a trained one its own") {
   const auto y = budwood::quant::linear(x, Weight::dense(w));
   y.square().sum().backward();
   CHECK(torch::allclose(w.grad(), 2 * y.detach().t().matmul(x), 1e-12, 1e-12));
-  CHECK_THROWS(budwood::ops::lora_linear(x, Weight::dense(w), {}, torch::randn({1, 3}, torch::kDouble),
+  CHECK_THROWS(budwood::ops::lora_linear(x, Weight::dense(w), {},
+                                         torch::randn({1, 3}, torch::kDouble),
                                          torch::randn({4, 1}, torch::kDouble), 1.0));
 }
 
@@ -49,5 +52,6 @@ TEST_CASE("no tokens and one token are ordinary inputs") {
     CHECK(x.grad().sizes() == x.sizes());
   }
   CHECK_THROWS(budwood::ops::lora_linear(torch::randn({2, 4}), Weight::dense(w), {}, a, b, 1.0));
-  CHECK_THROWS(budwood::ops::lora_linear(torch::randn({2, 3}), Weight::dense(w), {}, a, torch::randn({4, 3}), 1.0));
+  CHECK_THROWS(budwood::ops::lora_linear(torch::randn({2, 3}), Weight::dense(w), {}, a,
+                                         torch::randn({4, 3}), 1.0));
 }
