@@ -12,6 +12,7 @@ void bind_files(py::module_& m);
 void bind_models(py::module_& m);
 void bind_inject(py::module_& m);
 void bind_train(py::module_& m);
+void bind_quant(py::module_& m);
 
 namespace {
 
@@ -45,4 +46,5 @@ PYBIND11_MODULE(_C, m) {
   bind_models(m);
   bind_inject(m);
   bind_train(m);
+  bind_quant(m);
 }

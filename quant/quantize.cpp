@@ -49,7 +49,6 @@ void for_pieces(const at::Tensor& w, int64_t step,
   const int64_t n = flat.numel(), pieces = (n + step - 1) / step;
   std::vector<QuantizeStatus> faults(static_cast<size_t>(pieces));
   at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
-    at::NoGradGuard no_grad;
     for (int64_t p = from; p < to; ++p) {
       const int64_t begin = p * step, end = std::min(n, begin + step);
       const auto values = flat.slice(0, begin, end).to(at::kFloat);

@@ -6,6 +6,7 @@
 #include <budwood/peft/methods/lora_config.h>
 #include <budwood/peft/slot.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/quantize.h>
 
 using namespace budwood;
 
@@ -181,4 +182,47 @@ TEST_CASE("casting the module casts the base and leaves adapters usable") {
   model.to(at::kDouble);
   CHECK((model.proj->weight().dtype() == at::kDouble));
   CHECK(torch::allclose(model.proj(x.to(at::kDouble)).to(at::kFloat), wanted, 1e-5, 1e-5));
+}
+
+TEST_CASE("casting a module leaves packed weights as they are and moves everything around them") {
+  torch::manual_seed(0);
+  const auto plain = torch::randn({12, 64});
+  for (const char* format : {"nf4", "int8", "int4"}) {
+    const auto weight = quant::quantize(plain, {.format = format});
+    const auto values = weight.rows(0, 12, at::kFloat);
+    torch::nn::Module model;
+    LinearSlot slot = model.register_module("proj", LinearSlot(weight, torch::randn({12})));
+    EmbeddingSlot table = model.register_module("table", EmbeddingSlot(weight));
+    inject(model, config_of(2, 4));
+    for (const auto type : {at::kBFloat16, at::kFloat}) {
+      model.to(type);
+      CHECK((slot->bias().scalar_type() == type));
+      CHECK(torch::equal(slot->weight().rows(0, 12, at::kFloat), values));
+      CHECK(torch::equal(table->weight().rows(0, 12, at::kFloat), values));
+      CHECK((slot(torch::randn({3, 64}).to(type)).scalar_type() == type));
+    }
+    model.to(at::Device(at::kCPU), at::kDouble);
+    CHECK(torch::equal(slot->weight().rows(0, 12, at::kFloat), values));
+    CHECK((slot->bias().scalar_type() == at::kDouble));
+  }
+}
+
+TEST_CASE("merging into a packed weight gives a dense fp32 one, and unmerging the codes again") {
+  torch::manual_seed(0);
+  const auto weight = quant::quantize(torch::randn({12, 64}), {.format = "nf4"});
+  torch::nn::Module model;
+  LinearSlot slot = model.register_module("proj", LinearSlot(weight));
+  inject(model, config_of(2, 4));
+  randomise(model);
+  const auto x = torch::randn({9, 64});
+  const auto wanted = slot(x);
+  merge(model);
+  CHECK((slot->weight().format == quant::Format::dense));
+  CHECK((slot->weight().dtype() == at::kFloat));
+  CHECK(torch::allclose(slot(x), wanted, 1e-5, 1e-5));
+  CHECK(model.named_parameters().contains("proj.weight"));
+  CHECK_FALSE(model.named_parameters().contains("proj.weight_1"));
+  unmerge(model);
+  CHECK(slot->weight().parts[0].is_same(weight.parts[0]));
+  CHECK(torch::equal(slot(x), wanted));
 }
