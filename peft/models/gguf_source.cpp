@@ -128,7 +128,6 @@ void for_rows(const io::GgufTensor& tensor, const Use& use) {
   const auto type = static_cast<quant::kernels::GgmlType>(tensor.type);
   const int64_t rows = tensor.shape.size() > 1 ? tensor.shape[0] : 1, cols = tensor.shape.back();
   const int64_t bytes = quant::kernels::row_bytes(type, cols);
-<<<<<<< HEAD
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<float> values(static_cast<size_t>(cols));
     for (int64_t r = begin; r < end; ++r) {
@@ -153,16 +152,6 @@ at::Tensor decode(const io::GgufTensor& tensor, at::ScalarType dtype) {
     else
       std::memcpy(row, values.data(), static_cast<size_t>(cols) * sizeof(float));
   });
-=======
-  auto flat = result.view({rows, cols});
-  auto buffer = at::empty({cols}, at::kFloat);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* target =
-        dtype == at::kFloat ? flat.data_ptr<float>() + r * cols : buffer.data_ptr<float>();
-    quant::kernels::dequantize_row(type, tensor.data + r * bytes, target, cols);
-    if (dtype != at::kFloat) flat[r].copy_(buffer);
-  }
->>>>>>> main
   return result;
 }
 
@@ -230,7 +219,6 @@ const io::GgufTensor& GgufSource::find(const std::string& name, at::IntArrayRef 
                                     fmt::join(shape.vec(), ", ")));
   io::require_decodable(tensor->type, tensor->name, file_.path().string());
   used_.insert(theirs);
-<<<<<<< HEAD
   return *tensor;
 }
 
@@ -248,18 +236,6 @@ at::Tensor GgufSource::read(const std::string& name, at::IntArrayRef shape) {
   const auto values = decode(tensor, dtype_);
   if (!values.isfinite().all().item<bool>()) refuse_not_finite(tensor, file_.path().string());
   return in_rotary_order(name, values);
-=======
-  auto values = decode(*tensor, dtype_, file_.path().string());
-  if (!values.isfinite().all().item<bool>())
-    throw Error("load", fmt::format("{}: the tensor '{}' holds values that are not finite",
-                                    file_.path().string(), theirs));
-  if (config_.model_type != "llama") return values;
-  if (name.find(".q_proj.") != std::string::npos)
-    return rotary_order(values, config_.num_attention_heads);
-  if (name.find(".k_proj.") != std::string::npos)
-    return rotary_order(values, config_.num_key_value_heads);
-  return values;
->>>>>>> main
 }
 
 quant::Weight GgufSource::matrix(const std::string& name, int64_t out, int64_t in) {
