@@ -20,3 +20,12 @@ target_include_directories(budwood_torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
 target_link_libraries(budwood_torch INTERFACE torch torch_cpu c10)
 separate_arguments(torch_flags UNIX_COMMAND "${TORCH_CXX_FLAGS}")
 target_compile_options(budwood_torch INTERFACE ${torch_flags})
+
+# at::parallel_for is inline and runs on one thread in code compiled without OpenMP. The runtime is
+# GCC's, under the name by which torch loads it, so that a process has one pool of threads; clang's
+# would be a second.
+add_library(budwood_threads INTERFACE)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  target_compile_options(budwood_threads INTERFACE -fopenmp)
+  target_link_options(budwood_threads INTERFACE -fopenmp)
+endif()

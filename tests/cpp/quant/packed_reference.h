@@ -18,7 +18,7 @@ inline double distance(const at::Tensor& found, const at::Tensor& wanted) {
 inline void check_products(const Weight& w, const at::Tensor& values) {
   const auto exact = values.to(at::kDouble);
   CHECK(w.packed());
-  CHECK(w.dtype() == at::kFloat);
+  CHECK((w.dtype() == at::kFloat));
   CHECK(torch::equal(w.rows(0, w.out, at::kFloat), values));
   CHECK(torch::equal(w.rows(w.out / 2, w.out, at::kDouble), exact.slice(0, w.out / 2)));
   CHECK(torch::equal(w.rows(0, w.out, at::kBFloat16), values.to(at::kBFloat16)));
@@ -32,16 +32,16 @@ inline void check_products(const Weight& w, const at::Tensor& values) {
       const double bound = type == at::kDouble ? 1e-13 : type == at::kFloat ? 1e-6 : 8e-3;
       const auto typed_x = x.to(type), typed_g = g.to(type);
       const auto y = w.linear(typed_x), dx = w.backward_input(typed_g);
-      CHECK(y.scalar_type() == type);
-      CHECK(dx.scalar_type() == type);
+      CHECK((y.scalar_type() == type));
+      CHECK((dx.scalar_type() == type));
       CHECK(distance(y, typed_x.to(at::kDouble).matmul(exact.t())) < bound);
       CHECK(distance(dx, typed_g.to(at::kDouble).matmul(exact)) < bound);
     }
   }
   const auto x = torch::randn({2, 0, w.in});
-  CHECK(w.linear(x).sizes() == at::IntArrayRef({2, 0, w.out}));
-  CHECK(w.linear(torch::randn({w.in})).sizes() == at::IntArrayRef({w.out}));
-  CHECK(w.backward_input(torch::randn({2, 0, w.out})).sizes() == at::IntArrayRef({2, 0, w.in}));
+  CHECK((w.linear(x).sizes() == at::IntArrayRef({2, 0, w.out})));
+  CHECK((w.linear(torch::randn({w.in})).sizes() == at::IntArrayRef({w.out})));
+  CHECK((w.backward_input(torch::randn({2, 0, w.out})).sizes() == at::IntArrayRef({2, 0, w.in})));
   CHECK_THROWS_WITH_AS(w.backward_weight(x, x), doctest::Contains("frozen"), Error);
 }
 
