@@ -54,8 +54,9 @@ class Statistics:
             )
         if self.without_targets:
             found.append(
-                f"{self.without_targets:,} rows have no target within {self.sequence_length} "
-                "tokens: training leaves them out unless it splits long rows"
+                f"{self.without_targets:,} of {self.rows:,} rows have no target within "
+                f"{self.sequence_length} tokens: training leaves them out unless it splits long "
+                "rows"
             )
         return found
 
