@@ -17,16 +17,17 @@ import time
 from pathlib import Path
 
 import torch
-from budwood import _C
-from budwood.cli import main as budwood
-from budwood.data import write_token_file
-from budwood.plot import plot_loss
-from budwood.tokenizer import load_tokenizer
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from sources import find_model, find_plays
+
+from budwood import _C
+from budwood.cli import main as budwood
+from budwood.data import write_token_file
+from budwood.plot import plot_loss
+from budwood.tokenizer import load_tokenizer
 
 CONFIG = Path(__file__).parent / "train.yaml"
 WINDOW = 256
@@ -129,10 +130,9 @@ def compare(before: list[str], after: list[str]) -> Padding:
 
 def check_peft(out: Path, source: Path, probe: torch.Tensor, bound: float = 1e-4) -> None:
     """The adapter opens in HF PEFT, the merged folder in transformers, with the same logits."""
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
-    from peft import PeftModel
 
     logging.disable_progress_bar()
 

@@ -6,13 +6,14 @@ import json
 
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import byte_tokenizer
+
 from budwood import _C, Error
 from budwood.data import Encoder, read_rows, write_token_file
 from budwood.data.rows import parse_row
 from budwood.tokenizer import end_ids, fingerprint, load_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_tokenizer import byte_tokenizer
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}"

@@ -6,8 +6,9 @@ import peft
 import pytest
 import torch
 import transformers
-from budwood import _C
 from conftest import TINY, make_tiny
+
+from budwood import _C
 
 STEPS = 20
 OPTIONS = {
@@ -32,9 +33,7 @@ def test_twenty_steps_follow_pefts_loss_curve(family, tiny_folder, tmp_path):
         writer.add([draw.randrange(40) for _ in range(2000)])
     data = _C.TokenFile.open(tmp_path / "text")
 
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(0)
     reference = peft.get_peft_model(make_tiny(family), config)
     reference.save_pretrained(tmp_path / "start")
