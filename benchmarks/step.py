@@ -63,6 +63,7 @@ def hf_step(args, library):
 
 def cpp_step(args):
     import torch
+
     from budwood import _C
 
     model = _C.load_model(args.model, dtype="float32")

@@ -1,6 +1,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <budwood/quant/error.h>
+#include <budwood/quant/kernels/isa.h>
 #include <budwood/quant/ops.h>
 #include <budwood/version.h>
 
@@ -39,6 +40,10 @@ PYBIND11_MODULE(_C, m) {
   budwood::quant::link_operators();
   m.attr("__version__") = BUDWOOD_VERSION;
   m.attr("built_with_torch") = BUDWOOD_BUILT_WITH_TORCH;
+  m.def(
+      "instruction_set",
+      [] { return budwood::quant::kernels::isa_name(budwood::quant::kernels::active_isa()); },
+      "Which kernels are in use: 'scalar', 'avx2' or 'avx512' (see BUDWOOD_ISA).");
   bind_error(m);
   bind_config(m);
   bind_targets(m);

@@ -1,7 +1,7 @@
-#include <torch/csrc/utils/pybind.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <ATen/ATen.h>
 #include <budwood/peft/train/signals.h>
@@ -186,10 +186,11 @@ void bind_sampler(py::module_& m) {
       .def_readonly("counted", &Batch::counted);
 
   const SampleOptions defaults;
-  py::class_<Sampler>(m, "Sampler",
-                      "Endless batches over a dataset. packing: 'concat' (plain text), 'pack' or\n"
-                      "'none'; long_rows: 'truncate' or 'split'. Equal arguments and positions give\n"
-                      "equal batches. Iterating gives the rest of the current epoch.")
+  py::class_<Sampler>(
+      m, "Sampler",
+      "Endless batches over a dataset. packing: 'concat' (plain text), 'pack' or\n"
+      "'none'; long_rows: 'truncate' or 'split'. Equal arguments and positions give\n"
+      "equal batches. Iterating gives the rest of the current epoch.")
       .def(py::init([](std::shared_ptr<Dataset> data, int64_t sequence_length, int64_t batch_size,
                        std::string packing, std::string long_rows, bool shuffle, uint64_t seed) {
              return Sampler(std::move(data), {sequence_length, batch_size, std::move(packing),
@@ -202,8 +203,9 @@ void bind_sampler(py::module_& m) {
       .def_property_readonly("report", [](const Sampler& s) { return as_dict(s.report()); })
       .def_property_readonly("batches", &Sampler::batches, "Batches of an epoch.")
       .def("next", &Sampler::next)
-      .def("state", [](const Sampler& s) { return std::pair(s.state().epoch, s.state().batch); },
-           "(epoch, batches of it that were used)")
+      .def(
+          "state", [](const Sampler& s) { return std::pair(s.state().epoch, s.state().batch); },
+          "(epoch, batches of it that were used)")
       .def("restore",
            [](Sampler& s, std::pair<int64_t, int64_t> state) {
              s.restore({state.first, state.second});
@@ -224,7 +226,8 @@ void bind_train(py::module_& m) {
 
   py::class_<TrainOptions>(m, "TrainOptions", "Options of a run, checked as a whole.")
       .def(py::init([](const py::kwargs& options) { return as_options(options); }))
-      .def_static("from_json", [](const std::string& text) { return TrainOptions::from_json(text); })
+      .def_static("from_json",
+                  [](const std::string& text) { return TrainOptions::from_json(text); })
       .def_static("from_dict", [](const py::dict& options) { return as_options(options); })
       .def("to_json", &TrainOptions::to_json)
       .def("to_dict", [](const TrainOptions& options) { return json_loads(options.to_json()); })
@@ -281,7 +284,8 @@ void bind_train(py::module_& m) {
            })
       .def("request_stop", &Trainer::request_stop)
       .def_property_readonly("options", &Trainer::options)
-      .def_property_readonly("train_report", [](const Trainer& t) { return as_dict(t.train_report()); })
+      .def_property_readonly("train_report",
+                             [](const Trainer& t) { return as_dict(t.train_report()); })
       .def_property_readonly("eval_report",
                              [](const Trainer& t) -> py::object {
                                if (const auto* report = t.eval_report()) return as_dict(*report);

@@ -17,15 +17,17 @@ import time
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from sources import find_model, find_plays
+
 from budwood import _C
 from budwood.cli import main as budwood
 from budwood.data import write_token_file
 from budwood.plot import plot_loss
 from budwood.tokenizer import load_tokenizer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from sources import find_model, find_plays
 
 CONFIG = Path(__file__).parent / "train.yaml"
 WINDOW = 256
@@ -100,6 +102,7 @@ def train(model: Path, out: Path, steps: int | None) -> None:
         raise SystemExit(status)
 
 
+@torch.no_grad()
 def merge(model, out: Path, source: Path, probe: torch.Tensor) -> dict[str, float]:
     """Merges the adapter, saves the model, and measures how far logits moved on the way."""
     folder = out / "merged"
@@ -115,32 +118,33 @@ def merge(model, out: Path, source: Path, probe: torch.Tensor) -> dict[str, floa
     }
 
 
-def compare(before: list[str], after: list[str]) -> Table:
+def compare(before: list[str], after: list[str]) -> Padding:
     """Prompts with both continuations, side by side."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 1, 0), header_style="bold")
-    for title in ("   prompt", "before", "after"):
-        table.add_column(title, ratio=1 if title == "   prompt" else 3)
-    for prompt, old, new in zip(PROMPTS, before, after):
-        cells = (prompt.strip().replace("\n", "\n   "), old.strip(), new.strip())
-        table.add_row(Text(f"   {cells[0]}"), Text(cells[1]), Text(cells[2]))
-    return table
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 1, 0), header_style="dim")
+    for title, width in (("prompt", 2), ("before", 5), ("after", 5)):
+        table.add_column(title, ratio=width)
+    for texts in zip(PROMPTS, before, after):
+        table.add_row(*(Text("\n".join(t.strip().splitlines())) for t in texts))
+    return Padding(table, (0, 0, 0, 3))
 
 
 def check_peft(out: Path, source: Path, probe: torch.Tensor, bound: float = 1e-4) -> None:
     """The adapter opens in HF PEFT, the merged folder in transformers, with the same logits."""
-    from transformers import AutoModelForCausalLM
-
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     ours = _C.load_model(str(source), "float32")
     _C.save_model(ours, str(out / "base"), "auto", str(source))
     _C.load_adapter(ours, str(out / "adapter"))
-    logits = ours(probe)
     base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, out / "adapter").eval()
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32).eval()
     differences = {}
     with torch.no_grad():
+        logits = ours(probe)
         differences["adapter in HF PEFT"] = float((theirs(probe).logits - logits).abs().max())
         _C.merge(ours)
         differences["merged in transformers"] = float(

@@ -8,9 +8,10 @@ Without a folder it takes a small random Llama, and rows of ascending numbers to
 import sys
 import tempfile
 
-import budwood
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import budwood
 
 
 def load_base(folder):

@@ -28,15 +28,22 @@ Json file_entry(const fs::path& path) {
 }
 
 Json as_json(const RunState& s) {
-  Json json = {{"format", kFormat},          {"version", kVersion},
-               {"step", s.step},             {"total_steps", s.total_steps},
-               {"epoch", s.position.epoch},  {"batch", s.position.batch},
-               {"tokens", s.tokens},         {"seconds", s.seconds},
-               {"loss_sum", s.loss_sum},     {"loss_tokens", s.loss_tokens},
-               {"best", nullptr},            {"options", Json::parse(s.options)},
-               {"data", {{"rows", s.data_rows}, {"tokens", s.data_tokens}, {"crc32", s.data_checksum}}},
-               {"base", s.base},
-               {"evaluated_step", s.evaluated_step}};
+  Json json = {
+      {"format", kFormat},
+      {"version", kVersion},
+      {"step", s.step},
+      {"total_steps", s.total_steps},
+      {"epoch", s.position.epoch},
+      {"batch", s.position.batch},
+      {"tokens", s.tokens},
+      {"seconds", s.seconds},
+      {"loss_sum", s.loss_sum},
+      {"loss_tokens", s.loss_tokens},
+      {"best", nullptr},
+      {"options", Json::parse(s.options)},
+      {"data", {{"rows", s.data_rows}, {"tokens", s.data_tokens}, {"crc32", s.data_checksum}}},
+      {"base", s.base},
+      {"evaluated_step", s.evaluated_step}};
   if (s.best) json["best"] = {{"step", s.best->step}, {"loss", s.best->loss}};
   return json;
 }
@@ -72,13 +79,16 @@ void check_files(const fs::path& folder, const Json& files) {
     throw Error("load_checkpoint", fmt::format("{} does not list {}", kState, kTensors));
   for (const auto& [name, entry] : files.items()) {
     if (fs::path(name).filename() != name)
-      throw Error("load_checkpoint", fmt::format("{} is not the name of a file", io::in_quotes(name)));
+      throw Error("load_checkpoint",
+                  fmt::format("{} is not the name of a file", io::in_quotes(name)));
     const auto file = io::MappedFile::open(folder / name);
     const auto bytes = entry.at("bytes").get<uint64_t>();
     if (file->size() != bytes)
-      throw Error("load_checkpoint", fmt::format("{} has {} bytes, wanted {}", name, file->size(), bytes));
+      throw Error("load_checkpoint",
+                  fmt::format("{} has {} bytes, wanted {}", name, file->size(), bytes));
     if (crc32(file->data(), file->size()) != entry.at("crc32").get<uint32_t>())
-      throw Error("load_checkpoint", fmt::format("the checksum of {} is wrong: it is damaged", name));
+      throw Error("load_checkpoint",
+                  fmt::format("the checksum of {} is wrong: it is damaged", name));
   }
 }
 
@@ -114,7 +124,8 @@ Checkpoint load_checkpoint(const fs::path& folder) {
       checkpoint.tensors.emplace_back(info.name, as_tensor(info));
     return checkpoint;
   } catch (const std::exception& e) {
-    throw Error("load_checkpoint", fmt::format("{} cannot be resumed from: {}", folder.string(), e.what()));
+    throw Error("load_checkpoint",
+                fmt::format("{} cannot be resumed from: {}", folder.string(), e.what()));
   }
 }
 
@@ -130,7 +141,8 @@ std::vector<std::pair<int64_t, fs::path>> list_checkpoints(const fs::path& outpu
     if (!name.starts_with(kPrefix)) continue;
     int64_t step = 0;
     const char* end = name.data() + name.size();
-    const auto [stop, error] = std::from_chars(name.data() + std::string_view(kPrefix).size(), end, step);
+    const auto [stop, error] =
+        std::from_chars(name.data() + std::string_view(kPrefix).size(), end, step);
     if (error == std::errc() && stop == end && step >= 0) found.emplace_back(step, entry.path());
   }
   std::sort(found.begin(), found.end());
@@ -157,7 +169,8 @@ void remove_folder(const fs::path& folder) {
   fs::rename(folder, aside, error);
   if (!error) fs::remove_all(aside, error);
   if (error)
-    throw Error("remove_folder", fmt::format("cannot remove {}: {}", folder.string(), error.message()));
+    throw Error("remove_folder",
+                fmt::format("cannot remove {}: {}", folder.string(), error.message()));
 }
 
 void prune_checkpoints(const fs::path& output, int64_t keep) {

@@ -26,9 +26,9 @@ struct RunState {
   int64_t total_steps = 0;
   int64_t evaluated_step = -1;  ///< of the last evaluation in the metrics
   SamplePosition position;
-  int64_t tokens = 0;      ///< trained on so far
-  double seconds = 0.0;    ///< spent so far
-  double loss_sum = 0.0;   ///< since the last logged step
+  int64_t tokens = 0;     ///< trained on so far
+  double seconds = 0.0;   ///< spent so far
+  double loss_sum = 0.0;  ///< since the last logged step
   int64_t loss_tokens = 0;
   std::optional<BestLoss> best;
   std::string options;  ///< TrainOptions as JSON

@@ -1,12 +1,12 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <bit>
 #include <budwood/peft/train/crc32.h>
 #include <budwood/peft/train/data.h>
 #include <budwood/peft/train/token_format.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
 namespace budwood::train {
@@ -45,13 +45,14 @@ class Check {
 };
 
 TokenFoot read_foot(const io::MappedFile& file, const Check& check) {
-  check(file.size() >= kHeadBytes + kFootBytes,
-        fmt::format("{} bytes, a token file has at least {}", file.size(), kHeadBytes + kFootBytes));
+  check(
+      file.size() >= kHeadBytes + kFootBytes,
+      fmt::format("{} bytes, a token file has at least {}", file.size(), kHeadBytes + kFootBytes));
   check(std::memcmp(file.data(), kHeadMagic, 8) == 0, "does not begin as a token file does");
   uint32_t version;
   std::memcpy(&version, file.data() + 8, 4);
-  check(version == kTokenVersion, fmt::format("token file version {}, this Budwood reads up to {}",
-                                              version, kTokenVersion));
+  check(version == kTokenVersion,
+        fmt::format("token file version {}, this Budwood reads up to {}", version, kTokenVersion));
   check(all_zero(file.data() + 12, file.data() + kHeadBytes), "the head has bytes that must be 0");
   TokenFoot foot;
   std::memcpy(&foot, file.data() + file.size() - kFootBytes, kFootBytes);
@@ -67,8 +68,9 @@ TokenLayout check_sizes(const TokenFoot& foot, size_t size, const Check& check) 
   check(foot.vocab_size >= 1 && foot.vocab_size <= kMaxVocabulary,
         fmt::format("vocabulary of {}, wanted 1 to {}", foot.vocab_size, kMaxVocabulary));
   check(foot.rows >= 1, "no rows");
-  check(foot.tokens >= foot.rows && foot.tokens <= size / 4 && foot.rows <= size / 8,
-        fmt::format("{} rows and {} tokens do not fit into {} bytes", foot.rows, foot.tokens, size));
+  check(
+      foot.tokens >= foot.rows && foot.tokens <= size / 4 && foot.rows <= size / 8,
+      fmt::format("{} rows and {} tokens do not fit into {} bytes", foot.rows, foot.tokens, size));
   check(foot.counted >= 1, "the loss counts on none of its tokens");
   check(foot.counted <= foot.tokens,
         fmt::format("{} of {} tokens count", foot.counted, foot.tokens));
@@ -101,10 +103,11 @@ void Dataset::check(int64_t vocab_size) const {
     const auto row = ids(r);
     for (size_t t = 0; t < row.size(); ++t)
       if (row[t] >= static_cast<uint64_t>(vocab_size))
-        throw Error("Dataset::check",
-                    fmt::format("row {}, position {}: token id {}, but the model's vocabulary has {} "
-                                "entries; was the text tokenised for another model?",
-                                r, t, row[t], vocab_size));
+        throw Error(
+            "Dataset::check",
+            fmt::format("row {}, position {}: token id {}, but the model's vocabulary has {} "
+                        "entries; was the text tokenised for another model?",
+                        r, t, row[t], vocab_size));
   }
 }
 
@@ -145,7 +148,8 @@ std::shared_ptr<TokenFile> TokenFile::parse(std::shared_ptr<io::MappedFile> file
                     count_bits(f.mask_, 0, f.tokens_), f.counted_));
   const auto padding = kHeadBytes + 4 * foot.tokens;
   check(all_zero(data + padding, data + layout.mask) &&
-            count_bits(f.mask_, f.tokens_, static_cast<int64_t>(layout.offsets - layout.mask) * 8) == 0,
+            count_bits(f.mask_, f.tokens_,
+                       static_cast<int64_t>(layout.offsets - layout.mask) * 8) == 0,
         "the padding has bits that must be 0");
   f.largest_ = *std::max_element(f.ids_, f.ids_ + f.tokens_);
   if (f.largest_ >= f.vocab_size_) f.check(f.vocab_size_);
@@ -185,8 +189,9 @@ Row TokenFile::row(int64_t i) const {
   const auto span = ids(i);
   const auto n = static_cast<int64_t>(span.size());
   Row result;
-  result.ids = at::from_blob(const_cast<uint32_t*>(span.data()), {n}, [file = file_](void*) {},
-                             at::TensorOptions().dtype(at::kInt));
+  result.ids = at::from_blob(
+      const_cast<uint32_t*>(span.data()), {n}, [file = file_](void*) {},
+      at::TensorOptions().dtype(at::kInt));
   result.counted = at::empty({n}, at::kBool);
   auto* mask = result.counted.data_ptr<bool>();
   for (int64_t t = 0; t < n; ++t) mask[t] = counts(i, t);

@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <budwood/peft/ops/cross_entropy.h>
 #include <budwood/quant/error.h>
 #include <fmt/format.h>
 
@@ -10,6 +9,26 @@
 #include <cmath>
 
 namespace budwood::train {
+namespace {
+
+constexpr int64_t kChunk = 128;  // positions whose logits exist at once
+
+// Losses of the counted positions in order, fp64 on the host.
+at::Tensor token_losses(models::CausalLM& model, const Batch& batch) {
+  const auto counted = batch.labels.ge(0).nonzero().squeeze(1);
+  const auto rows = model.hidden(batch.tokens).index_select(0, counted);
+  const auto labels = batch.labels.index_select(0, counted);
+  std::vector<at::Tensor> parts;
+  for (int64_t begin = 0; begin < rows.size(0); begin += kChunk) {
+    const int64_t n = std::min(kChunk, rows.size(0) - begin);
+    const auto logits = model.logits(rows.narrow(0, begin, n)).to(at::kFloat);
+    parts.push_back(
+        at::cross_entropy_loss(logits, labels.narrow(0, begin, n), {}, at::Reduction::None));
+  }
+  return at::cat(parts).to(at::kDouble).cpu();
+}
+
+}  // namespace
 
 ModeScope::ModeScope(torch::nn::Module& model, bool training)
     : model_(model), own_(model.is_training()) {
@@ -19,7 +38,8 @@ ModeScope::ModeScope(torch::nn::Module& model, bool training)
 }
 
 ModeScope::~ModeScope() {
-  // train() reaches the children too; parents come before them here, so children have the last word.
+  // train() reaches the children too; parents come before them here, so children have the last
+  // word.
   model_.train(own_);
   for (const auto& [module, training] : modes_)
     if (module->is_training() != training) module->train(training);
@@ -44,24 +64,22 @@ Evaluation evaluate(models::CausalLM& model, Sampler& sampler, int64_t batches) 
   const auto begin = std::chrono::steady_clock::now();
   const auto position = sampler.state();
   const auto device = device_of(model);
-  const auto project = [&](const at::Tensor& rows) { return model.logits(rows); };
 
   // Loss and count of every sequence: the spread between sequences is what the error comes from.
   std::vector<std::pair<double, double>> sums;
   sampler.restore({0, 0});
   const int64_t wanted = batches > 0 ? std::min(batches, sampler.batches()) : sampler.batches();
   for (int64_t i = 0; i < wanted; ++i) {
-    const auto counts = sampler.next();
-    const auto labels_host = counts.labels;
-    const auto batch = to_device(counts, device);
-    const auto hidden = model.hidden(batch.tokens);
+    const auto batch = sampler.next();
+    const auto losses = token_losses(model, to_device(batch, device));
+    const auto* labels = batch.labels.const_data_ptr<int64_t>();
+    const auto* loss = losses.const_data_ptr<double>();
     const auto& cu = batch.tokens.cu_seqlens;
     for (size_t s = 0; s + 1 < cu.size(); ++s) {
-      const auto n = labels_host.slice(0, cu[s], cu[s + 1]).ge(0).sum().item<int64_t>();
-      if (n == 0) continue;
-      const auto sum = ops::linear_cross_entropy(hidden.slice(0, cu[s], cu[s + 1]),
-                                                 batch.labels.slice(0, cu[s], cu[s + 1]), project);
-      sums.emplace_back(sum.item<double>(), static_cast<double>(n));
+      double sum = 0.0, n = 0.0;
+      for (int64_t t = cu[s]; t < cu[s + 1]; ++t)
+        if (labels[t] >= 0) sum += *loss++, ++n;
+      if (n > 0) sums.emplace_back(sum, n);
     }
   }
   sampler.restore(position);

@@ -19,7 +19,8 @@ struct Evaluation {
 };
 
 /// Evaluates the first `batches` batches of epoch 0 (0 = all of them), with dropout off and without
-/// gradients. The position of the sampler and the modes of the model's modules come back as they were.
+/// gradients. The position of the sampler and the modes of the model's modules come back as they
+/// were.
 Evaluation evaluate(models::CausalLM& model, Sampler& sampler, int64_t batches = 0);
 
 /// The modes of all modules, restored at the end of a scope.

@@ -19,8 +19,8 @@ struct AdamWOptions {
 /// Its state is named tensors, so a run can be saved and go on exactly.
 class AdamW {
  public:
-  /// parameters: floating-point leaves by path, updated in place. Moments are fp32, or fp64 for fp64
-  /// parameters.
+  /// parameters: floating-point leaves by path, updated in place. Moments are fp32, or fp64 for
+  /// fp64 parameters.
   AdamW(NamedTensors parameters, AdamWOptions options);
 
   /// One update with the parameters' gradients; those without one stay as they are.

@@ -105,7 +105,8 @@ TrainOptions TrainOptions::from_json(std::string_view text, const std::string& s
       throw Error(kWhere, fmt::format("{}: there is no option {}; the nearest is '{}'", source,
                                       io::in_quotes(key), nearest_name(key, known)));
     if (const char* wanted = fields[static_cast<size_t>(it - known.begin())].read(value))
-      throw Error(kWhere, fmt::format("{}: {} is {}, wanted {}", source, key, shown(value), wanted));
+      throw Error(kWhere,
+                  fmt::format("{}: {} is {}, wanted {}", source, key, shown(value), wanted));
   }
   options.validate();
   return options;

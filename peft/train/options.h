@@ -13,8 +13,8 @@ namespace budwood::train {
 
 /// Options of a run. Written beside the adapter as training.json.
 struct TrainOptions {
-  int64_t steps = 0;    ///< optimiser steps; 0 = by epochs. Takes precedence over epochs
-  double epochs = 1.0;  ///< passes over the data, may be a fraction
+  int64_t steps = 0;              ///< optimiser steps; 0 = by epochs. Takes precedence over epochs
+  double epochs = 1.0;            ///< passes over the data, may be a fraction
   int64_t batch_size = 8;         ///< windows of one forward
   int64_t grad_accumulation = 1;  ///< batches of one step; the last step of an epoch may have fewer
   int64_t sequence_length = 512;  ///< tokens of a window, at most
@@ -27,7 +27,7 @@ struct TrainOptions {
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
   std::string schedule = "cosine";  ///< "constant", "linear", "cosine"
   int64_t warmup_steps = 0;
-  double warmup_ratio = 0.0;  ///< of all steps, rounded up; used when warmup_steps is 0
+  double warmup_ratio = 0.0;             ///< of all steps, rounded up; used when warmup_steps is 0
   double min_learning_rate_ratio = 0.0;  ///< where the schedule ends, as a part of learning_rate
   double max_grad_norm = 1.0;            ///< of all gradients together; 0 = no clipping
   int64_t seed = 0;                      ///< of the order of the data and of dropout

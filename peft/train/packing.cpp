@@ -1,8 +1,8 @@
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <budwood/peft/train/sampler.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 #include <map>
 
 // Which rows go into which window: the part of Sampler that runs once.
@@ -114,8 +114,9 @@ void Sampler::best_fit(std::vector<Piece> pieces) {
 }
 
 std::string SampleReport::summary() const {
-  auto text = fmt::format("{} rows -> {} windows with {} sequences, {} tokens, {} of them predicted",
-                          rows, windows, sequences, tokens, counted);
+  auto text =
+      fmt::format("{} rows -> {} windows with {} sequences, {} tokens, {} of them predicted", rows,
+                  windows, sequences, tokens, counted);
   if (truncated_rows)
     text += fmt::format("\n{} rows were too long and lost {} tokens at their end", truncated_rows,
                         dropped_tokens);

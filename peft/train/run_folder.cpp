@@ -45,9 +45,10 @@ void start_run_folder(const fs::path& output, bool overwrite) {
     if (fs::exists(output / name)) found = name;
   if (!checkpoints.empty()) found = checkpoints.back().second.filename().string();
   if (!overwrite && !found.empty())
-    throw Error("Trainer", fmt::format("{} holds an earlier run ({}): choose another folder, resume it "
-                                       "from a checkpoint, or set overwrite",
-                                       output.string(), found));
+    throw Error("Trainer",
+                fmt::format("{} holds an earlier run ({}): choose another folder, resume it "
+                            "from a checkpoint, or set overwrite",
+                            output.string(), found));
   for (const auto& [step, path] : checkpoints) remove_folder(path);
   if (fs::exists(output / "best")) remove_folder(output / "best");
   std::error_code ignored;

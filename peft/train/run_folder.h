@@ -18,7 +18,8 @@ void start_run_folder(const std::filesystem::path& output, bool overwrite);
 void trim_metrics(const std::filesystem::path& output, int64_t step, int64_t evaluated_step);
 
 void append_metrics(const std::filesystem::path& output, const StepMetrics& metrics);
-void append_metrics(const std::filesystem::path& output, int64_t step, const Evaluation& evaluation);
+void append_metrics(const std::filesystem::path& output, int64_t step,
+                    const Evaluation& evaluation);
 /// One object as JSON, keys sorted; numbers that are not finite are null.
 std::string evaluation_json(int64_t step, const Evaluation& evaluation);
 

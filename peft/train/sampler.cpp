@@ -1,9 +1,9 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <budwood/peft/train/sampler.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 #include <numeric>
 #include <random>
 
@@ -43,10 +43,11 @@ Sampler::Sampler(std::shared_ptr<const Dataset> data, SampleOptions options)
   report_.windows = static_cast<int64_t>(windows_.size()) - 1;
   report_.sequences = static_cast<int64_t>(pieces_.size());
   if (report_.windows == 0)
-    throw Error("Sampler",
-                fmt::format("none of the {} rows has a token to predict within its first {} tokens; "
-                            "the mask leaves nothing to learn, or sequence_length is too short",
-                            report_.rows, options_.sequence_length + 1));
+    throw Error(
+        "Sampler",
+        fmt::format("none of the {} rows has a token to predict within its first {} tokens; "
+                    "the mask leaves nothing to learn, or sequence_length is too short",
+                    report_.rows, options_.sequence_length + 1));
 }
 
 int64_t Sampler::batches() const {
@@ -55,9 +56,8 @@ int64_t Sampler::batches() const {
 
 void Sampler::restore(SamplePosition position) {
   if (position.epoch < 0 || position.batch < 0 || position.batch >= batches())
-    throw Error("Sampler::restore",
-                fmt::format("epoch {}, batch {}: an epoch has {} batches", position.epoch,
-                            position.batch, batches()));
+    throw Error("Sampler::restore", fmt::format("epoch {}, batch {}: an epoch has {} batches",
+                                                position.epoch, position.batch, batches()));
   position_ = position;
 }
 

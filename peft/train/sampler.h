@@ -15,11 +15,11 @@ struct SampleOptions {
   int64_t sequence_length = 512;  ///< inputs of a window, at most
   int64_t batch_size = 8;         ///< windows of a batch
   /// "concat": rows end to end with nothing between, cut into windows; each window is one sequence.
-  /// For plain text. "pack": whole rows share a window as sequences of their own, none sees another;
-  /// windows are filled by best fit. "none": one row for each window.
+  /// For plain text. "pack": whole rows share a window as sequences of their own, none sees
+  /// another; windows are filled by best fit. "none": one row for each window.
   std::string packing = "pack";
-  /// Rows longer than a window under "pack" and "none": "truncate" keeps the beginning, "split" makes
-  /// sequences of the pieces, each label in exactly one of them.
+  /// Rows longer than a window under "pack" and "none": "truncate" keeps the beginning, "split"
+  /// makes sequences of the pieces, each label in exactly one of them.
   std::string long_rows = "truncate";
   bool shuffle = true;  ///< a new order of windows in every epoch
   uint64_t seed = 0;
@@ -58,8 +58,8 @@ struct SamplePosition {
   int64_t batch = 0;
 };
 
-/// Endless batches over a dataset, epoch after epoch. Every batch is a function of data, options and
-/// position alone, so that a restored position gives exactly the same batches again.
+/// Endless batches over a dataset, epoch after epoch. Every batch is a function of data, options
+/// and position alone, so that a restored position gives exactly the same batches again.
 class Sampler {
  public:
   /// Throws when no row has a counted label.

@@ -17,7 +17,7 @@ double Schedule::multiplier(int64_t step) const {
   const double progress = (s - warmup) / length;
   double factor;
   if (name == "linear")
-    factor = std::max(0.0, 1.0 - progress);
+    factor = std::max(0.0, (static_cast<double>(total_steps) - s) / length);
   else
     factor = std::max(0.0, 0.5 * (1.0 + std::cos(std::numbers::pi * std::min(1.0, progress))));
   return factor * (1.0 - min_ratio) + min_ratio;

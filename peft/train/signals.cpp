@@ -42,6 +42,8 @@ StopOnSignal::~StopOnSignal() {
   signal_received = 0;
 }
 
-int StopOnSignal::received() { return signal_received; }
+int StopOnSignal::received() {
+  return signal_received;
+}
 
 }  // namespace budwood::train

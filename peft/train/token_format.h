@@ -21,7 +21,9 @@ struct TokenFoot {
 };
 static_assert(sizeof(TokenFoot) == kFootBytes);
 
-constexpr uint64_t round_up_8(uint64_t n) { return (n + 7) / 8 * 8; }
+constexpr uint64_t round_up_8(uint64_t n) {
+  return (n + 7) / 8 * 8;
+}
 
 /// Where the parts begin, in bytes; the ids begin at kHeadBytes.
 struct TokenLayout {
@@ -32,6 +34,8 @@ struct TokenLayout {
   uint64_t mask, offsets, size;
 };
 
-constexpr bool is_printable(char c) { return c > ' ' && c <= '~'; }
+constexpr bool is_printable(char c) {
+  return c > ' ' && c <= '~';
+}
 
 }  // namespace budwood::train

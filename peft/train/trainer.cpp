@@ -41,8 +41,8 @@ const T& required(const std::shared_ptr<T>& pointer, const char* what) {
 
 SampleOptions sample_options(const TrainOptions& o, bool training) {
   o.validate();
-  return {o.sequence_length, o.batch_size, o.packing, o.long_rows, training && o.shuffle,
-          static_cast<uint64_t>(o.seed)};
+  return {o.sequence_length, o.batch_size,          o.packing,
+          o.long_rows,       training && o.shuffle, static_cast<uint64_t>(o.seed)};
 }
 
 Schedule make_schedule(const TrainOptions& o, int64_t total) {
@@ -108,10 +108,11 @@ void Trainer::check(const Dataset& data, const Sampler& sampler) const {
   data.check(config.vocab_size);
   const auto longest = sampler.report().longest;
   if (config.max_position_embeddings > 0 && longest > config.max_position_embeddings)
-    throw Error("Trainer",
-                fmt::format("the longest sequence has {} tokens, the model was made for at most {}: "
-                            "set sequence_length to {} or less",
-                            longest, config.max_position_embeddings, config.max_position_embeddings));
+    throw Error(
+        "Trainer",
+        fmt::format("the longest sequence has {} tokens, the model was made for at most {}: "
+                    "set sequence_length to {} or less",
+                    longest, config.max_position_embeddings, config.max_position_embeddings));
 }
 
 TrainResult Trainer::run() {
@@ -148,14 +149,17 @@ TrainResult Trainer::run() {
     state_.seconds = before + seconds_since(begin);
     if (due(options_.save_every)) save();
   }
-  if (!result.interrupted) finish(result);
-  else if (saved_step_ != state_.step) save();
+  if (!result.interrupted)
+    finish(result);
+  else if (saved_step_ != state_.step)
+    save();
   state_.seconds = before + seconds_since(begin);
   result.steps = state_.step;
   result.best = state_.best;
   result.tokens = state_.tokens;
   result.seconds = state_.seconds;
-  result.tokens_per_second = run_seconds_ > 0 ? static_cast<double>(run_tokens_) / run_seconds_ : 0.0;
+  result.tokens_per_second =
+      run_seconds_ > 0 ? static_cast<double>(run_tokens_) / run_seconds_ : 0.0;
   result.peak_rss_mb = peak_rss_mb();
   result.warnings = warnings_;
   return result;
@@ -230,9 +234,10 @@ void Trainer::require_gradients() const {
   for (const auto& [path, p] : optimizer_.parameters())
     if (!p.grad().defined()) without.push_back(path);
   if (!without.empty())
-    throw Error("Trainer", fmt::format("{} of {} trainable tensors got no gradient, the first is {}: "
-                                       "the model's forward does not use it",
-                                       without.size(), optimizer_.parameters().size(), without[0]));
+    throw Error("Trainer",
+                fmt::format("{} of {} trainable tensors got no gradient, the first is {}: "
+                            "the model's forward does not use it",
+                            without.size(), optimizer_.parameters().size(), without[0]));
 }
 
 void Trainer::log(const StepOutcome& outcome, TrainResult& result) {
@@ -265,6 +270,8 @@ Evaluation Trainer::evaluate() {
   return train::evaluate(*model_, *eval_, options_.eval_batches);
 }
 
-bool Trainer::stop_requested() const { return stop_ || StopOnSignal::received() != 0; }
+bool Trainer::stop_requested() const {
+  return stop_ || StopOnSignal::received() != 0;
+}
 
 }  // namespace budwood::train

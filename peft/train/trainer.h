@@ -20,11 +20,11 @@ namespace budwood::train {
 struct StepMetrics {
   int64_t step = 0;  ///< steps done
   int64_t total_steps = 0;
-  double epoch = 0.0;          ///< passes over the data so far
-  double loss = 0.0;           ///< mean over the counted tokens since the last logged step
-  double learning_rate = 0.0;  ///< of this step
-  double grad_norm = 0.0;      ///< of this step, before clipping
-  int64_t tokens = 0;          ///< trained on so far
+  double epoch = 0.0;              ///< passes over the data so far
+  double loss = 0.0;               ///< mean over the counted tokens since the last logged step
+  double learning_rate = 0.0;      ///< of this step
+  double grad_norm = 0.0;          ///< of this step, before clipping
+  int64_t tokens = 0;              ///< trained on so far
   double tokens_per_second = 0.0;  ///< since the last logged step
   double seconds = 0.0;            ///< since the start of the run
   double eta_seconds = 0.0;        ///< still to come
@@ -45,8 +45,8 @@ struct TrainResult {
 };
 
 /// Trains what requires grad in a model. The loss of a step is the sum over the tokens of all its
-/// batches, divided by the number of counted ones. A run that was stopped, killed or interrupted and
-/// is resumed gives the same bytes as one that was not.
+/// batches, divided by the number of counted ones. A run that was stopped, killed or interrupted
+/// and is resumed gives the same bytes as one that was not.
 class Trainer {
  public:
   /// Checks everything that can be checked before the first step, and loads the checkpoint when
@@ -55,8 +55,9 @@ class Trainer {
           std::shared_ptr<const Dataset> eval, TrainOptions options);
 
   /// Trains to the end, or goes on where an interrupted call stopped. Draws random numbers from
-  /// torch's default generators, whose state it gives back as it was. A loss or gradient that is not
-  /// finite is an Error that names the step; adapter and checkpoints are those of the step before.
+  /// torch's default generators, whose state it gives back as it was. A loss or gradient that is
+  /// not finite is an Error that names the step; adapter and checkpoints are those of the step
+  /// before.
   TrainResult run();
   /// Loss on the evaluation data as the model is now.
   Evaluation evaluate();

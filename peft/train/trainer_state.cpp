@@ -64,7 +64,8 @@ void Trainer::open_output() {
   std::error_code error;
   fs::create_directories(options_.output, error);
   if (error)
-    throw Error("Trainer", fmt::format("cannot make the folder {}: {}", options_.output, error.message()));
+    throw Error("Trainer",
+                fmt::format("cannot make the folder {}: {}", options_.output, error.message()));
   opened_ = true;
 }
 
@@ -84,16 +85,18 @@ void Trainer::restore(const Checkpoint& checkpoint) {
                                        saved.step, fact));
   };
   std::string differing;
-  for (const auto& name : options_.differences(TrainOptions::from_json(saved.options, "checkpoint")))
+  for (const auto& name :
+       options_.differences(TrainOptions::from_json(saved.options, "checkpoint")))
     differing += fmt::format("{}{} was {}, now {}", differing.empty() ? "" : "; ", name,
                              shown_option(saved.options, name), shown_option(state_.options, name));
   if (!differing.empty()) fail(differing);
   if (saved.data_rows != state_.data_rows || saved.data_tokens != state_.data_tokens ||
       saved.data_checksum != state_.data_checksum)
-    fail(fmt::format("its training data had {} rows and {} tokens (checksum {:08x}), this has {} "
-                     "rows and {} tokens (checksum {:08x})",
-                     saved.data_rows, saved.data_tokens, saved.data_checksum, state_.data_rows,
-                     state_.data_tokens, state_.data_checksum));
+    fail(
+        fmt::format("its training data had {} rows and {} tokens (checksum {:08x}), this has {} "
+                    "rows and {} tokens (checksum {:08x})",
+                    saved.data_rows, saved.data_tokens, saved.data_checksum, state_.data_rows,
+                    state_.data_tokens, state_.data_checksum));
   if (saved.base != state_.base)
     fail("the frozen weights of its model differ from those of this one");
 
@@ -114,9 +117,10 @@ void Trainer::restore(const Checkpoint& checkpoint) {
   for (const auto& own : random_state()) {
     const auto it = tensors.find(own.first);
     if (it == tensors.end() || it->second.sizes() != own.second.sizes())
-      fail(fmt::format("it has no fitting {}: it was trained on another kind of device, or with "
-                       "another version of torch",
-                       own.first));
+      fail(
+          fmt::format("it has no fitting {}: it was trained on another kind of device, or with "
+                      "another version of torch",
+                      own.first));
     random.emplace_back(own.first, it->second.clone());
   }
   sampler_.restore(saved.position);
@@ -140,10 +144,9 @@ void Trainer::save() {
     checkpoint.tensors.emplace_back("parameter." + path, p);
   for (const auto& part : {optimizer_.state(), random_state()})
     checkpoint.tensors.insert(checkpoint.tensors.end(), part.begin(), part.end());
-  save_checkpoint(checkpoint_path(options_.output, state_.step), checkpoint,
-                  [&](const fs::path& folder) {
-                    save_adapter(*model_, folder.string(), options_.adapter);
-                  });
+  save_checkpoint(
+      checkpoint_path(options_.output, state_.step), checkpoint,
+      [&](const fs::path& folder) { save_adapter(*model_, folder.string(), options_.adapter); });
   prune_checkpoints(options_.output, options_.keep_last);
   saved_step_ = state_.step;
 }
@@ -153,7 +156,8 @@ void Trainer::evaluate_and_keep_best(TrainResult& result) {
   result.evaluation = evaluation;
   evaluated_step_ = state_.step;
   const bool recorded = std::exchange(state_.evaluated_step, state_.step) == state_.step;
-  if (!options_.output.empty() && !recorded) append_metrics(options_.output, state_.step, evaluation);
+  if (!options_.output.empty() && !recorded)
+    append_metrics(options_.output, state_.step, evaluation);
   if (on_evaluation) on_evaluation(state_.step, evaluation);
   if (state_.best && state_.best->loss <= evaluation.loss) return;
   state_.best = {state_.step, evaluation.loss};

@@ -1,33 +1,56 @@
-"""Budwood: parameter-efficient fine-tuning of torch models."""
+"""Budwood: parameter-efficient fine-tuning of torch models.
 
-from pathlib import Path as _Path
+With torch imported, importing budwood registers torch.ops.budwood.*. Without, names load on first
+use, so that what needs no torch (the command line's help) does not wait for it.
+"""
 
-from .version_check import load_extension
+from __future__ import annotations
 
-load_extension()
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ._build_info import VERSION as __version__  # noqa: E402, F401
-from .auto import AutoPeftModelForCausalLM  # noqa: E402
-from .config import LoraConfig, PeftConfig, PeftType, TaskType  # noqa: E402
-from .errors import Error  # noqa: E402
-from .inject import InjectReport, inject_adapter_in_model  # noqa: E402
-from .mapping import (  # noqa: E402
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-)
-from .peft_model import PeftModel  # noqa: E402
-from .save_and_load import (  # noqa: E402
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+if TYPE_CHECKING:
+    from .auto import AutoPeftModelForCausalLM
+    from .config import LoraConfig, PeftConfig, PeftType, TaskType
+    from .errors import Error
+    from .inject import InjectReport, inject_adapter_in_model
+    from .mapping import (
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+    )
+    from .peft_model import PeftModel
+    from .save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 
-# For C++ users: cmake -DCMAKE_PREFIX_PATH=$(python -c 'import budwood; print(budwood.cmake_prefix_path)')
-cmake_prefix_path = str(_Path(__file__).parent)
+_HOME = {
+    "AutoPeftModelForCausalLM": "auto",
+    "Error": "errors",
+    "InjectReport": "inject",
+    "LoraConfig": "config",
+    "PeftConfig": "config",
+    "PeftModel": "peft_model",
+    "PeftModelForCausalLM": "mapping",
+    "PeftModelForFeatureExtraction": "mapping",
+    "PeftModelForQuestionAnswering": "mapping",
+    "PeftModelForSeq2SeqLM": "mapping",
+    "PeftModelForSequenceClassification": "mapping",
+    "PeftModelForTokenClassification": "mapping",
+    "PeftType": "config",
+    "TaskType": "config",
+    "get_peft_model": "mapping",
+    "get_peft_model_state_dict": "save_and_load",
+    "inject_adapter_in_model": "inject",
+    "set_peft_model_state_dict": "save_and_load",
+}
+
+# For C++: cmake -DCMAKE_PREFIX_PATH=$(python -c 'import budwood; print(budwood.cmake_prefix_path)')
+cmake_prefix_path = str(Path(__file__).parent)
 
 __all__ = [
     "AutoPeftModelForCausalLM",
@@ -50,3 +73,30 @@ __all__ = [
     "inject_adapter_in_model",
     "set_peft_model_state_dict",
 ]
+
+
+def _load() -> object:
+    from .version_check import load_extension
+
+    return load_extension()
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("._build_info", __name__).VERSION
+    if name == "_C":
+        return _load()
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load()
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])
+
+
+if "torch" in sys.modules:
+    _load()

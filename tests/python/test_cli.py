@@ -10,15 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
 import yaml
-from budwood import _C
-from budwood.cli import main
 from tiny_tokenizer import save_tiny_llama
 
-import peft
+from budwood import _C
+from budwood.cli import main
 
 # One thread: the models are tiny, and threads that wait for each other on a busy machine are slow.
 torch.set_num_threads(1)

@@ -9,13 +9,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
-from budwood._C import Error, LoraConfig, PeftConfig, known_peft_types, task_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-import peft
+from budwood._C import Error, LoraConfig, PeftConfig, known_peft_types, task_heads
 
 NAMES = st.sampled_from(["q_proj", "k_proj", "v_proj", "self_attn.o_proj", "lm_head", "café"])
 PATHS = st.lists(

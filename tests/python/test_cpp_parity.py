@@ -2,13 +2,13 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
-from budwood import _C
 from conftest import TINY, make_tiny
 
-import peft
+from budwood import _C
 
 IDS = torch.tensor(
     [[5, 17, 3, 96, 41, 8, 22, 60, 13, 2, 71, 33], [9, 9, 1, 50, 6, 88, 7, 4, 19, 30, 12, 77]]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from budwood.plot import plot_loss, read_metrics, smooth
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"

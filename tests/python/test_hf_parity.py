@@ -3,7 +3,7 @@
 import copy
 import json
 
-import budwood
+import peft
 import pytest
 import torch
 from transformers import (
@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import peft
+import budwood
 
 SMALL = {
     "hidden_size": 32,

@@ -1,9 +1,10 @@
 """HF's Trainer trains, saves and resumes an adapted model."""
 
-import budwood
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import budwood
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

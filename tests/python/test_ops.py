@@ -1,8 +1,9 @@
 """The registered operators: exact gradients, sound schemas, and the same numbers as plain torch."""
 
-import budwood  # noqa: F401  registers the operators
 import pytest
 import torch
+
+import budwood  # noqa: F401  registers the operators
 
 DENSE, TRANSPOSED = 0, 1
 IN, OUT, RANK = 5, 4, 2

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import textwrap
 
-import budwood
 import pytest
 import torch
-from budwood.version_check import check_torch_version
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+import budwood
+from budwood.version_check import check_torch_version
 
 
 class Block(nn.Module):

@@ -2,14 +2,14 @@
 
 import copy
 
-import budwood
+import peft
 import pytest
 import torch
-from budwood.slots import LinearSlot
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import peft
+import budwood
+from budwood.slots import LinearSlot
 
 
 def rel(a, b):

@@ -4,7 +4,15 @@ import re
 import time
 import warnings
 
+import peft
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
+from peft.utils import constants
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from budwood._C import (
     Error,
     LoraConfig,
@@ -13,14 +21,6 @@ from budwood._C import (
     match_targets,
     minimal_suffixes,
 )
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
-from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
-from peft.utils import constants
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-import peft
 
 SEGMENTS = st.sampled_from(
     ["model", "layers", "h", "0", "1", "2", "10", "attn", "q_proj", "proj", "fc", "experts"]

@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 
 class Output:
@@ -50,13 +49,15 @@ class Output:
             self.console.print(value, markup=False)
 
     def table(self, columns: list[tuple[str, str]], rows: list[list[str]]) -> None:
-        """columns: (title, "left" or "right")."""
-        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-        for title, side in columns:
-            table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table, soft_wrap=False)
+        """columns: (title, "left" or "right"). Nothing is cut: names are there to be copied."""
+        titles = [title for title, _ in columns]
+        widths = [max(map(len, cells)) for cells in zip(titles, *rows)]
+        for number, cells in enumerate([titles, *rows]):
+            padded = [
+                cell.rjust(width) if side == "right" else cell.ljust(width)
+                for cell, width, (_, side) in zip(cells, widths, columns)
+            ]
+            self.say("  ".join(padded).rstrip(), style="bold" if number == 0 else None)
 
 
 def finite(value: Any) -> Any:

@@ -155,6 +155,6 @@ def dash(value: Any) -> str:
     return "-" if value is None else f"{value:g}"
 
 
-def shorten(value: Any, length: int = 80) -> str:
+def shorten(value: Any, length: int = 60) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= length else text[: length - 3] + "..."

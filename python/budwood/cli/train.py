@@ -52,6 +52,7 @@ def run(
 
     for warning in result["warnings"]:
         output.warn(warning)
+    plot = plot and not math.isnan(result["final_loss"])
     if plot:
         from ..plot import plot_loss
 

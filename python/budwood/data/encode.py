@@ -12,6 +12,7 @@ counts, since nothing predicts it.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from .rows import Row
 class Encoded:
     """Token ids of a row and, for each, whether the loss counts on it.
 
-    lost: characters that the tokeniser has no token for and drops; white space is not counted.
+    lost: bytes that the tokeniser has no token for and drops, and unknown tokens.
     """
 
     ids: list[int]
@@ -60,13 +61,16 @@ class Encoder:
         adds_bos = len(added) > len(plain) and added[0] == tokenizer.bos_token_id
         self.bos = self._token("bos", adds_bos if bos is None else bos)
         self.eos = self._token("eos", eos)
+        self.missing = missing_bytes(tokenizer)
+        # A byte-level model never makes the unknown token; others put it where they know nothing.
+        self.unknown = None if byte_level(tokenizer) else tokenizer.unk_token_id
         self.control = set(tokenizer.convert_tokens_to_ids(control_tokens(tokenizer)))
 
     def __call__(self, row: Row) -> Encoded:
         """Raises Error naming the row when its counted part cannot be told apart."""
         if row.kind == "text":
-            ids, offsets = self._tokenise(row.text)
-            return self._close(ids, [True] * len(ids), uncovered(row.text, offsets))
+            ids, _ = self._tokenise(row.text)
+            return self._close(row.text, ids, [True] * len(ids))
         if row.kind == "completion":
             return self._completion(row)
         return self._messages(row)
@@ -87,8 +91,14 @@ class Encoder:
         )
         return list(result["input_ids"]), [tuple(span) for span in result["offset_mapping"]]
 
-    def _close(self, ids: list[int], counted: list[bool], lost: int) -> Encoded:
+    def _lost(self, text: str, ids: list[int]) -> int:
+        data = text.encode()
+        dropped = len(data) - len(data.translate(None, self.missing))
+        return dropped + (0 if self.unknown is None else ids.count(self.unknown))
+
+    def _close(self, text: str, ids: list[int], counted: list[bool]) -> Encoded:
         """Adds the tokens around a row of text unless its text already holds them."""
+        lost = self._lost(text, ids)
         if self.bos is not None and ids[:1] != [self.bos]:
             ids, counted = [self.bos, *ids], [False, *counted]
         if self.eos is not None and ids[-1:] != [self.eos]:
@@ -99,7 +109,7 @@ class Encoder:
         text = row.prompt + row.completion
         ids, offsets = self._tokenise(text)
         first = self._boundary(ids, offsets, row, row.prompt, len(row.prompt))
-        return self._close(ids, [i >= first for i in range(len(ids))], uncovered(text, offsets))
+        return self._close(text, ids, [i >= first for i in range(len(ids))])
 
     def _messages(self, row: Row) -> Encoded:
         text, spans = answer_spans(self.tokenizer, row)
@@ -116,11 +126,12 @@ class Encoder:
             if last <= first:
                 raise Error(f"[tokenize] {row.place}: an answer has no tokens")
             counted[first:last] = [True] * (last - first)
+        lost = self._lost(text, ids)
         stops = any(flag and token in special for token, flag in zip(ids, counted))
         if not stops and self.eos is not None and row.messages[-1]["role"] == "assistant":
             # A template without an end-of-turn token: the end of the row has to teach stopping.
             ids, counted = [*ids, self.eos], [*counted, True]
-        return Encoded(ids, counted, uncovered(text, offsets))
+        return Encoded(ids, counted, lost)
 
     def _boundary(
         self,
@@ -147,15 +158,23 @@ class Encoder:
         )
 
 
-def uncovered(text: str, offsets: list[tuple[int, int]]) -> int:
-    """Characters that no token covers, white space aside."""
-    lost, end = 0, 0
-    for begin, after in [*offsets, (len(text), len(text))]:
-        if begin > end:
-            lost += sum(not _is_space(c) for c in text[end:begin])
-        end = max(end, after)
-    return lost
+def byte_level(tokenizer: Any) -> bool:
+    """Whether the vocabulary is made of bytes."""
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder")
+    return "ByteLevel" in json.dumps(decoder)
 
 
-def _is_space(c: str) -> bool:
-    return c.isspace() and not "\x1c" <= c <= "\x1f"  # Python takes four control codes for space
+def missing_bytes(tokenizer: Any) -> bytes:
+    """Bytes that a byte-level tokeniser has no token for and drops in silence."""
+    if not byte_level(tokenizer):
+        return b""
+    known = tokenizer.get_vocab()
+    return bytes(byte for byte, symbol in byte_symbols().items() if symbol not in known)
+
+
+def byte_symbols() -> dict[int, str]:
+    """The characters that stand for bytes in a byte-level vocabulary, as GPT-2 chose them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in symbols]
+    return symbols | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -17,8 +17,8 @@ from .rows import Row, read_rows
 class Statistics:
     """What a token file holds. `truncated`: rows longer than `sequence_length` inputs, which
     training cuts unless it packs by "concat" or splits long rows; `without_targets`: rows of which
-    then nothing is left to learn from. `lost_characters`: those that the tokeniser has no token
-    for; `first_lost`: the first row that has some."""
+    then nothing is left to learn from. `lost`: bytes of text that the tokeniser has no token
+    for, and unknown tokens; `first_lost`: the first row that has some."""
 
     rows: int = 0
     tokens: int = 0
@@ -27,7 +27,7 @@ class Statistics:
     sequence_length: int | None = None
     truncated: int = 0
     without_targets: int = 0
-    lost_characters: int = 0
+    lost: int = 0
     first_lost: str | None = None
 
     def add(self, row: Encoded, place: str) -> None:
@@ -35,7 +35,7 @@ class Statistics:
         self.tokens += len(row)
         self.targets += row.targets
         self.longest = max(self.longest, len(row))
-        self.lost_characters += row.lost
+        self.lost += row.lost
         if row.lost and self.first_lost is None:
             self.first_lost = place
         if self.sequence_length is not None:
@@ -47,15 +47,16 @@ class Statistics:
     def warnings(self) -> list[str]:
         """What a person should know before training."""
         found = []
-        if self.lost_characters:
+        if self.lost:
             found.append(
-                f"the tokeniser has no token for {self.lost_characters:,} characters and drops "
-                f"them; the first are in {self.first_lost}"
+                f"the tokeniser knows no token for {self.lost:,} pieces of the text, which are "
+                f"lost; the first are in {self.first_lost}"
             )
         if self.without_targets:
             found.append(
-                f"{self.without_targets:,} rows have no target within {self.sequence_length} "
-                "tokens: training leaves them out unless it splits long rows"
+                f"{self.without_targets:,} of {self.rows:,} rows have no target within "
+                f"{self.sequence_length} tokens: training leaves them out unless it splits long "
+                "rows"
             )
         return found
 

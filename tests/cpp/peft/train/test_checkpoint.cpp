@@ -26,7 +26,8 @@ Checkpoint example() {
   c.state.data_tokens = 99;
   c.state.data_checksum = 0xdeadbeef;
   c.state.base = 0xfffffff0;
-  c.tensors = {{"parameter.a", at::randn({3, 2})}, {"step.a", at::scalar_tensor(5, at::kLong)},
+  c.tensors = {{"parameter.a", at::randn({3, 2})},
+               {"step.a", at::scalar_tensor(5, at::kLong)},
                {"rng.cpu", at::randint(0, 255, {77}, at::kByte)}};
   return c;
 }

@@ -104,7 +104,8 @@ TEST_CASE("counted bits of a range equal a count one by one") {
   for (int64_t r = 0; r < rows->rows(); ++r) {
     std::vector<int64_t> ids(rows->ids(r).begin(), rows->ids(r).end());
     std::vector<uint8_t> mask;
-    for (size_t t = 0; t < ids.size(); ++t) mask.push_back(rows->counts(r, static_cast<int64_t>(t)));
+    for (size_t t = 0; t < ids.size(); ++t)
+      mask.push_back(rows->counts(r, static_cast<int64_t>(t)));
     writer.add(ids, mask);
   }
   writer.commit();
@@ -130,12 +131,15 @@ TEST_CASE("what cannot be a row or a file is refused by the writer and leaves no
   {
     TokenFileWriter writer(path, 10);
     CHECK(contains(message_of([&] { writer.add(std::vector<int64_t>{}); }), "row 0: no tokens"));
-    CHECK(contains(message_of([&] { writer.add(std::vector<int64_t>{1, 10}); }),
+    CHECK(contains(message_of([&] {
+                     writer.add(std::vector<int64_t>{1, 10});
+                   }),
                    "row 0: position 1: token id 10, the vocabulary has 10"));
     CHECK(contains(message_of([&] { writer.add(std::vector<int64_t>{-1}); }), "token id -1"));
     CHECK(contains(message_of([&] {
                      writer.add(std::vector<int64_t>{1, 2}, std::vector<uint8_t>{1});
-                   }), "2 tokens and 1 mask"));
+                   }),
+                   "2 tokens and 1 mask"));
     CHECK(contains(message_of([&] { writer.commit(); }), "no rows"));
     writer.add(std::vector<int64_t>{1, 2}, std::vector<uint8_t>{0, 0});
     CHECK(contains(message_of([&] { writer.commit(); }), "counts on none"));

@@ -17,8 +17,8 @@ namespace {
 NamedTensors parameters(at::ScalarType type = at::kFloat) {
   auto generator = at::detail::createCPUGenerator(1);
   NamedTensors named;
-  for (const auto& [name, shape] :
-       std::vector<std::pair<std::string, std::vector<int64_t>>>{{"a", {5, 3}}, {"b", {7}}, {"c", {2, 2, 2}}})
+  for (const auto& [name, shape] : std::vector<std::pair<std::string, std::vector<int64_t>>>{
+           {"a", {5, 3}}, {"b", {7}}, {"c", {2, 2, 2}}})
     named.emplace_back(name, at::randn(shape, generator).to(type).requires_grad_());
   return named;
 }
@@ -39,8 +39,9 @@ TEST_CASE("AdamW equals torch's, with decay on tensors of two or more dimensions
   decayed->weight_decay(0.1);
   auto plain = std::make_unique<torch::optim::AdamWOptions>(options);
   plain->weight_decay(0.0);
-  torch::optim::AdamW reference({torch::optim::OptimizerParamGroup({theirs[0].second, theirs[2].second}, std::move(decayed)),
-                                 torch::optim::OptimizerParamGroup({theirs[1].second}, std::move(plain))});
+  torch::optim::AdamW reference(
+      {torch::optim::OptimizerParamGroup({theirs[0].second, theirs[2].second}, std::move(decayed)),
+       torch::optim::OptimizerParamGroup({theirs[1].second}, std::move(plain))});
   for (int step = 0; step < 20; ++step) {
     const double rate = 1e-2 / (1 + step);
     for (auto& group : reference.param_groups())
@@ -50,7 +51,8 @@ TEST_CASE("AdamW equals torch's, with decay on tensors of two or more dimensions
     optimizer.step(rate);
     reference.step();
   }
-  // LibTorch's C++ AdamW orders its operations otherwise; tests/python compares with Python's to the bit.
+  // LibTorch's C++ AdamW orders its operations otherwise; tests/python compares with Python's to
+  // the bit.
   for (size_t i = 0; i < ours.size(); ++i)
     CHECK(at::allclose(ours[i].second, theirs[i].second, 1e-6, 1e-7));
 }

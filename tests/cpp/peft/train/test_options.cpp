@@ -14,7 +14,8 @@ std::string refusal(const std::string& json) {
 }  // namespace
 
 TEST_CASE("options read back what they wrote, and keep defaults where nothing is said") {
-  auto options = TrainOptions::from_json(R"({"steps": 7, "learning_rate": 1e-3, "packing": "concat"})");
+  auto options =
+      TrainOptions::from_json(R"({"steps": 7, "learning_rate": 1e-3, "packing": "concat"})");
   CHECK(options.steps == 7);
   CHECK(options.learning_rate == 1e-3);
   CHECK(options.batch_size == TrainOptions().batch_size);
@@ -26,7 +27,8 @@ TEST_CASE("options read back what they wrote, and keep defaults where nothing is
 }
 
 TEST_CASE("an unknown option is refused with the nearest one, a wrong type with what is wanted") {
-  CHECK(contains(refusal(R"({"learning_rat": 1})"), "'learning_rat'; the nearest is 'learning_rate'"));
+  CHECK(contains(refusal(R"({"learning_rat": 1})"),
+                 "'learning_rat'; the nearest is 'learning_rate'"));
   CHECK(contains(refusal(R"({"steps": "ten"})"), "steps is \"ten\""));
   CHECK(contains(refusal(R"({"steps": 1.5})"), "steps is 1.5"));
   CHECK(contains(refusal(R"({"steps": 1, "steps": 2})"), "steps"));

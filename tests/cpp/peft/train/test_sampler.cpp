@@ -29,7 +29,9 @@ std::vector<Sequence> sequences(const Batch& batch) {
   std::vector<Sequence> all;
   const auto& cu = batch.tokens.cu_seqlens;
   for (size_t s = 0; s + 1 < cu.size(); ++s) {
-    const auto part = [&](const at::Tensor& t) { return values(t.slice(0, cu[s], cu[s + 1]).contiguous()); };
+    const auto part = [&](const at::Tensor& t) {
+      return values(t.slice(0, cu[s], cu[s + 1]).contiguous());
+    };
     all.push_back({part(batch.tokens.ids), part(batch.labels), part(batch.tokens.positions)});
   }
   return all;
@@ -66,7 +68,8 @@ TEST_CASE("concat predicts every token but the first exactly once, across row bo
       // Windows without a counted label are left out; the others follow each other in the stream.
       const auto matches = [&] {
         for (size_t i = 0; i < s.ids.size(); ++i)
-          if (at + i + 1 >= stream.size() || s.ids[i] != stream[at + i] || s.positions[i] != static_cast<int64_t>(i) ||
+          if (at + i + 1 >= stream.size() || s.ids[i] != stream[at + i] ||
+              s.positions[i] != static_cast<int64_t>(i) ||
               s.labels[i] != (counts[at + i + 1] ? stream[at + i + 1] : -100))
             return false;
         return true;
@@ -82,10 +85,11 @@ TEST_CASE("concat predicts every token but the first exactly once, across row bo
   }
 }
 
-TEST_CASE("no packing gives one sequence for each row, labels shifted by one, first token no target") {
-  const auto data = std::make_shared<Rows>(
-      std::vector<std::vector<uint32_t>>{{1, 2, 3}, {4, 5}, {6}, {7, 8, 9}},
-      std::vector<std::vector<uint8_t>>{{1, 0, 1}, {1, 1}, {1}, {1, 0, 0}});
+TEST_CASE(
+    "no packing gives one sequence for each row, labels shifted by one, first token no target") {
+  const auto data =
+      std::make_shared<Rows>(std::vector<std::vector<uint32_t>>{{1, 2, 3}, {4, 5}, {6}, {7, 8, 9}},
+                             std::vector<std::vector<uint8_t>>{{1, 0, 1}, {1, 1}, {1}, {1, 0, 0}});
   Sampler sampler(data, plain("none", 10));
   const auto all = epoch_of(sampler);
   REQUIRE(all.size() == 2);
@@ -184,7 +188,8 @@ TEST_CASE("data without anything to predict and options out of range are refused
                                              std::vector<std::vector<uint8_t>>{{1, 0}, {0, 0}});
   CHECK(contains(message_of([&] { Sampler s(masked, plain("pack", 8)); }), "none of the 2 rows"));
   const auto data = random_rows(3, 5);
-  CHECK(contains(message_of([&] { Sampler s(data, plain("packed", 8)); }), "packing is \"packed\""));
+  CHECK(
+      contains(message_of([&] { Sampler s(data, plain("packed", 8)); }), "packing is \"packed\""));
   CHECK(contains(message_of([&] { Sampler s(data, plain("pack", 0)); }), "sequence_length is 0"));
   CHECK(contains(message_of([&] { Sampler s(data, plain("pack", 4, 0)); }), "batch_size is 0"));
   CHECK(contains(message_of([&] { Sampler s(data, {4, 1, "pack", "drop"}); }), "long_rows"));

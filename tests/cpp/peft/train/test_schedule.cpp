@@ -17,7 +17,8 @@ TEST_CASE("a schedule rises from 0 over the warmup, then falls to its least fact
       CHECK(schedule.multiplier(55) == doctest::Approx(0.5 * (1 - least) + least));
       CHECK(schedule.multiplier(100) == doctest::Approx(least));
       CHECK(schedule.multiplier(200) == doctest::Approx(least));
-      for (int64_t s = 11; s <= 100; ++s) CHECK(schedule.multiplier(s) <= schedule.multiplier(s - 1));
+      for (int64_t s = 11; s <= 100; ++s)
+        CHECK(schedule.multiplier(s) <= schedule.multiplier(s - 1));
     }
   const Schedule constant{"constant", 4, 0};
   CHECK(constant.multiplier(1) == 0.25);
@@ -27,5 +28,8 @@ TEST_CASE("a schedule rises from 0 over the warmup, then falls to its least fact
 TEST_CASE("a schedule that means nothing is refused by field and value") {
   CHECK(contains(message_of([] { Schedule{"cosin", 0, 1}.validate(); }), "name is \"cosin\""));
   CHECK(contains(message_of([] { Schedule{"linear", -1, 1}.validate(); }), "warmup_steps is -1"));
-  CHECK(contains(message_of([] { Schedule{"linear", 0, 1, std::nan("")}.validate(); }), "min_ratio"));
+  CHECK(contains(message_of([] {
+                   Schedule{"linear", 0, 1, std::nan("")}.validate();
+                 }),
+                 "min_ratio"));
 }

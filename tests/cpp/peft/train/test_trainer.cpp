@@ -31,7 +31,8 @@ TrainOptions quick() {
 }
 
 // Runs with fresh model and trainer and returns what was learnt.
-at::Tensor result_of(const TrainOptions& options, std::shared_ptr<Dataset> data, double dropout = 0.0) {
+at::Tensor result_of(const TrainOptions& options, std::shared_ptr<Dataset> data,
+                     double dropout = 0.0) {
   const auto model = tiny_model(dropout);
   Trainer(model, std::move(data), nullptr, options).run();
   return trained(*model);
@@ -154,8 +155,8 @@ TEST_CASE("a stopped and resumed run gives the same bytes, wherever it was stopp
       CHECK(trained(*model).equal(trained(*whole_model)));
       CHECK(result.best->step == whole.best->step);
       CHECK(result.best->loss == whole.best->loss);
-      for (const char* file : {"adapter_model.safetensors", "adapter_config.json",
-                               "best/adapter_model.safetensors"})
+      for (const char* file :
+           {"adapter_model.safetensors", "adapter_config.json", "best/adapter_model.safetensors"})
         CHECK((io::read_file(fs::path(part.output) / file) ==
                io::read_file(fs::path(options.output) / file)));
     }
@@ -233,8 +234,10 @@ TEST_CASE("a run that is killed at any moment and resumed ends in the same bytes
       ::waitpid(child, &status, 0);
       break;
     }
-    if (WIFEXITED(status)) code = WEXITSTATUS(status);
-    else ++kills;
+    if (WIFEXITED(status))
+      code = WEXITSTATUS(status);
+    else
+      ++kills;
   }
   REQUIRE(code == 0);
   CHECK(kills > 3);
@@ -248,7 +251,8 @@ TEST_CASE("a run that is killed at any moment and resumed ends in the same bytes
       if (a[i].contains(key)) CHECK(a[i][key].dump() == b[i].value(key, nlohmann::json()).dump());
 }
 
-TEST_CASE("the output folder holds adapter, options, metrics and as many checkpoints as asked for") {
+TEST_CASE(
+    "the output folder holds adapter, options, metrics and as many checkpoints as asked for") {
   const auto data = random_rows(10, 11);
   const TemporaryFolder folder;
   auto options = quick();
@@ -293,6 +297,26 @@ TEST_CASE("the output folder holds adapter, options, metrics and as many checkpo
   CHECK(trained(*model).numel() > 0);
 }
 
+TEST_CASE("a finished run that is resumed changes nothing") {
+  const auto data = random_rows(10, 11);
+  const TemporaryFolder folder;
+  auto options = quick();
+  options.save_every = 4;
+  options.eval_every = 4;
+  options.output = (folder / "run").string();
+  options.resume = "auto";
+  Trainer(tiny_model(), data, data, options).run();
+  const auto before = io::read_file(folder / "run/adapter_model.safetensors");
+  const auto lines = metrics(options.output).size();
+  for (int i = 0; i < 2; ++i) {
+    const auto result = Trainer(tiny_model(), data, data, options).run();
+    CHECK(result.steps == 8);
+    CHECK(result.evaluation.has_value());
+    CHECK(metrics(options.output).size() == lines);
+    CHECK((io::read_file(folder / "run/adapter_model.safetensors") == before));
+  }
+}
+
 TEST_CASE("an earlier run is neither overwritten nor mixed with, unless asked for") {
   const auto data = random_rows(10, 11);
   const TemporaryFolder folder;
@@ -320,7 +344,8 @@ TEST_CASE("a checkpoint of another run is refused, and what differs is named") {
   Trainer(tiny_model(), data, nullptr, options).run();
   options.resume = (folder / "run/checkpoint-4").string();
   options.output = (folder / "second").string();
-  const auto refused = [&](std::shared_ptr<TinyLM> model, std::shared_ptr<Dataset> rows, TrainOptions o) {
+  const auto refused = [&](std::shared_ptr<TinyLM> model, std::shared_ptr<Dataset> rows,
+                           TrainOptions o) {
     return message_of([&] { Trainer(model, rows, nullptr, o); });
   };
   CHECK(refused(tiny_model(), data, options).empty());

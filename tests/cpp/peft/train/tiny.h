@@ -39,7 +39,9 @@ class Rows final : public Dataset {
     for (const auto& row : ids_) n += static_cast<int64_t>(row.size());
     return n;
   }
-  std::span<const uint32_t> ids(int64_t row) const override { return ids_.at(static_cast<size_t>(row)); }
+  std::span<const uint32_t> ids(int64_t row) const override {
+    return ids_.at(static_cast<size_t>(row));
+  }
   bool counts(int64_t row, int64_t token) const override {
     return mask_.at(static_cast<size_t>(row)).at(static_cast<size_t>(token)) != 0;
   }
@@ -127,7 +129,8 @@ inline std::shared_ptr<TinyLM> tiny_model(double dropout = 0.0) {
 /// All trained values, one after the other.
 inline at::Tensor trained(torch::nn::Module& model) {
   std::vector<at::Tensor> flat;
-  for (const auto& [path, p] : trainable_parameters(model)) flat.push_back(p.detach().flatten().clone());
+  for (const auto& [path, p] : trainable_parameters(model))
+    flat.push_back(p.detach().flatten().clone());
   return at::cat(flat);
 }
 
