@@ -102,7 +102,8 @@ void bind_models(py::module_& m) {
       "A model from a Hugging Face folder or a GGUF file.\n\n"
       "dtype: 'auto' (what the file holds; float32 for a GGUF), 'float32', 'bfloat16', 'float16'.\n"
       "weights: 'dense' decodes a GGUF's blocks, 'packed' uses them as they lie in the file.\n"
-      "quantize: 'nf4', 'fp4', 'int8', 'int4' or 'affine8' packs each matrix while loading, except\n"
+      "quantize: 'nf4', 'fp4', 'int8', 'int4' or 'affine8' packs each matrix while loading, "
+      "except\n"
       "those whose names contain one of quantize_skip.");
   m.def("read_config", [](const std::string& path) {
     return py::module_::import("json").attr("loads")(read_config(path).to_json("float32"));

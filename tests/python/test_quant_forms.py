@@ -1,12 +1,13 @@
 """Packed weights give the numbers of the matrices that they stand for."""
 
-import budwood  # noqa: F401  registers the operators
 import pytest
 import torch
 import transformers
-from budwood import _C
 from conftest import make_tiny
 from torch.nn.functional import linear
+
+import budwood
+from budwood import _C
 
 FORMATS = ("nf4", "fp4", "int8", "int4", "affine8")
 OUT, IN = 24, 64
@@ -60,7 +61,9 @@ def test_the_4bit_operators_are_sound_and_agree_with_linear():
             part = w[:, :cols]
             codes, absmax = torch.ops.budwood.quantize_4bit(part, quant_type, 32)
             plain = torch.ops.budwood.dequantize_4bit(codes, absmax, quant_type, 32, [OUT, cols])
-            y = torch.ops.budwood.linear_4bit(x[:, :cols], codes, absmax, quant_type, 32, [OUT, cols])
+            y = torch.ops.budwood.linear_4bit(
+                x[:, :cols], codes, absmax, quant_type, 32, [OUT, cols]
+            )
             torch.testing.assert_close(y, linear(x[:, :cols], plain), rtol=1e-5, atol=1e-5)
             ops = torch.ops.budwood
             torch.library.opcheck(ops.quantize_4bit.default, (part, quant_type, 32))
@@ -86,9 +89,9 @@ def test_the_4bit_codes_are_those_of_bitsandbytes():
         assert torch.equal(absmax, state.absmax.view(-1))
 
 
-@pytest.mark.parametrize("format", ("nf4", "int4"))
+@pytest.mark.parametrize("format", ["nf4", "int4"])
 def test_a_compiled_function_has_no_graph_break(format):
-    parts, number, shape, w = packed(format)
+    parts, number, shape, _w = packed(format)
     a, b = torch.randn(2, IN), torch.randn(OUT, 2)
 
     def step(x, a, b):
@@ -126,7 +129,9 @@ def test_a_packed_gguf_gives_the_logits_of_its_decoded_weights(smollm2_gguf):
         assert relative(found, wanted) < 1e-4
         assert (found - wanted).abs().max() < 2e-3
     prompt = [1, 504, 3575, 282]
-    assert _C.generate(packed, prompt, max_new_tokens=8) == _C.generate(dense, prompt, max_new_tokens=8)
+    assert _C.generate(packed, prompt, max_new_tokens=8) == _C.generate(
+        dense, prompt, max_new_tokens=8
+    )
 
 
 def test_lora_gradients_on_a_packed_base_equal_those_on_the_decoded_one(smollm2_gguf):
