@@ -81,7 +81,7 @@ test: build
 lint: $(VENV)/.ready
 	$(py) -m ruff check python tests examples benchmarks
 	$(py) -m ruff format --check python tests examples benchmarks
-	$(py) -m clang_format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 bench: build
 	$(py) benchmarks/step.py
