@@ -44,7 +44,7 @@ system:
 	  fi; \
 	fi
 
-$(VENV)/.ready: requirements-dev.txt | system
+$(VENV)/.ready: requirements-dev.txt requirements-data.txt | system
 	$(call say,Python environment in $(VENV) with torch $(TORCH))
 	$(PYTHON) -m venv $(VENV)
 	$(pip) install -q --upgrade pip
