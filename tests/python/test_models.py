@@ -172,3 +172,18 @@ def test_ids_outside_the_vocabulary_are_refused(tiny_folder):
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(_C.Error, match="nowhere"):
         _C.load_model(str(tmp_path / "nowhere"))
+
+
+def test_smollm2_from_its_gguf_equals_transformers(smollm2_gguf, tmp_path):
+    model = _C.load_model(str(smollm2_gguf))
+    _C.save_model(model, str(tmp_path / "folder"), tokenizer_from=str(smollm2_gguf))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    ids = tokenizer("KING. What news from the north, my lord?", return_tensors="pt").input_ids
+    direct = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
+    )
+    through_folder = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    with torch.no_grad():
+        found = model(ids)
+        for other in (direct, through_folder):
+            assert (found - other(ids).logits).abs().max() < 1e-4
