@@ -158,12 +158,22 @@ def check_peft(out: Path, source: Path, probe: torch.Tensor, bound: float = 1e-4
 
 def commands(source: Path, out: Path) -> list[str]:
     """What to try next."""
-    adapter, merged = out / "adapter", out / "merged"
+    program = shorter(Path(sys.executable).parent / "budwood")
+    if shutil.which("budwood"):
+        program = Path("budwood")
+    data = f"data.train={out / 'train.tokens'} data.eval={out / 'hamlet.tokens'}"
     return [
-        f"budwood generate -m {merged} -p 'ROMEO.' --temperature 0.8 -n 80",
-        f"budwood inspect {adapter}",
-        f"budwood train {CONFIG} model={source} output=my-run data.train=my-texts/ adapter.r=32",
+        f"{program} generate -m {out / 'merged'} -p 'ROMEO.' --temperature 0.8 -n 80",
+        f"{program} inspect {out / 'adapter'}",
+        f"{program} train {shorter(CONFIG)} model={shorter(source)} {data} "
+        f"output={out / 'rank32'} adapter.r=32",
     ]
+
+
+def shorter(path: Path) -> Path:
+    """The path from here, where that is shorter to type."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def main() -> None:

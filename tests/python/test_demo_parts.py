@@ -54,7 +54,7 @@ def test_the_commands_to_try_next_are_commands_of_the_program(demo, capsys):
 
     for command in demo.commands(Path("model.gguf"), Path("out")):
         name, verb, *_ = shlex.split(command)
-        assert name == "budwood"
+        assert Path(name).name == "budwood"
         assert main([verb, "--help"]) == 0
         assert verb in capsys.readouterr().out
 
