@@ -9,12 +9,12 @@
 #include <budwood/peft/train/crc32.h>
 #include <budwood/peft/train/data.h>
 #include <budwood/quant/error.h>
-#include <stdlib.h>
-
 #include <filesystem>
 #include <random>
 #include <string>
 #include <vector>
+
+#include "../io/temporary_folder.h"
 
 // Behind torch, whose logging defines CHECK too.
 #include <doctest/doctest.h>
@@ -134,23 +134,7 @@ inline at::Tensor trained(torch::nn::Module& model) {
   return at::cat(flat);
 }
 
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "budwood-train-XXXXXX").string();
-    path_ = ::mkdtemp(name.data());
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
-
- private:
-  std::filesystem::path path_;
-};
+using io::testing::TemporaryFolder;
 
 /// The message of the Error that `body` throws; empty when it throws none.
 template <class F>
