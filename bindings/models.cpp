@@ -2,7 +2,9 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <budwood/peft/base_weights.h>
 #include <budwood/peft/models/generate.h>
+#include <budwood/peft/models/quantize_files.h>
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/tensor_file.h>
 
@@ -40,6 +42,27 @@ std::vector<int64_t> run_generate(CausalLM& model, const std::vector<int64_t>& i
                           token_callback(callback)};
   py::gil_scoped_release released;
   return generate(model, ids, options);
+}
+
+py::dict quantize_report(const QuantizeFilesReport& report) {
+  py::list matrices;
+  for (const auto& m : report.matrices) {
+    py::dict one;
+    one["name"] = m.name;
+    one["out"] = m.out;
+    one["in"] = m.in;
+    one["bytes"] = m.bytes;
+    one["error"] = m.error;
+    if (m.rtn_error >= 0) one["rtn_error"] = m.rtn_error;
+    matrices.append(one);
+  }
+  py::dict result;
+  result["matrices"] = matrices;
+  result["weights"] = report.weights;
+  result["bytes"] = report.bytes;
+  result["error"] = report.error;
+  result["warnings"] = report.warnings;
+  return result;
 }
 
 }  // namespace
@@ -93,31 +116,95 @@ void bind_models(py::module_& m) {
   m.def(
       "load_model",
       [](const std::string& path, const std::string& dtype, const std::string& weights,
-         const std::string& quantize, std::vector<std::string> quantize_skip) {
-        return load(path, {dtype, weights, quantize, std::move(quantize_skip)});
+         const std::string& quantize, int64_t block_size, bool double_quant,
+         std::vector<std::string> quantize_skip) {
+        return load(
+            path,
+            {dtype, weights, quantize, block_size, double_quant, std::move(quantize_skip), {}});
       },
-      py::arg("path"), py::arg("dtype") = "auto", py::arg("weights") = "dense",
-      py::arg("quantize") = "", py::arg("quantize_skip") = LoadOptions{}.quantize_skip,
+      py::arg("path"), py::arg("dtype") = "auto", py::arg("weights") = "auto",
+      py::arg("quantize") = "", py::arg("block_size") = 64, py::arg("double_quant") = false,
+      py::arg("quantize_skip") = LoadOptions{}.quantize_skip,
       py::call_guard<py::gil_scoped_release>(),
       "A model from a Hugging Face folder or a GGUF file.\n\n"
       "dtype: 'auto' (what the file holds; float32 for a GGUF), 'float32', 'bfloat16', 'float16'.\n"
-      "weights: 'dense' decodes a GGUF's blocks, 'packed' uses them as they lie in the file.\n"
+      "weights: 'packed' uses a GGUF's blocks as they lie in the file, 'dense' decodes them, "
+      "'auto'\n"
+      "is packed without quantize.\n"
       "quantize: 'nf4', 'fp4', 'int8', 'int4' or 'affine8' packs each matrix while loading, "
       "except\n"
-      "those whose names contain one of quantize_skip.");
+      "those whose names contain one of quantize_skip; block_size elements share a scale.\n"
+      "A folder that is quantised already keeps its codes.");
+  m.def(
+      "base_weights",
+      [](CausalLM& model) {
+        py::list all;
+        for (const auto& part : budwood::base_weights(model)) {
+          py::dict one;
+          one["form"] = part.form;
+          one["matrices"] = part.matrices;
+          one["weights"] = part.weights;
+          one["bytes"] = part.bytes;
+          all.append(one);
+        }
+        return all;
+      },
+      "The frozen matrices of a model by the form in which they are stored.");
+  m.def(
+      "quantize_files",
+      [](const std::string& model, const std::string& out, const std::string& format,
+         const std::string& method, int64_t block_size, bool double_quant, bool act_order,
+         bool static_groups, std::optional<std::vector<std::string>> skip, const std::string& dtype,
+         const std::string& calibration, int64_t calibration_tokens, int64_t sequence_length,
+         int64_t max_shard_size, const py::object& progress) {
+        QuantizeFilesOptions options{.model = model,
+                                     .out = out,
+                                     .format = format,
+                                     .method = method,
+                                     .block_size = block_size,
+                                     .double_quant = double_quant,
+                                     .act_order = act_order,
+                                     .static_groups = static_groups,
+                                     .dtype = dtype,
+                                     .calibration = calibration,
+                                     .calibration_tokens = calibration_tokens,
+                                     .sequence_length = sequence_length,
+                                     .max_shard_size = max_shard_size,
+                                     .progress = {}};
+        if (skip) options.skip = *skip;
+        options.progress = [&progress](const std::string& name) {
+          py::gil_scoped_acquire gil;
+          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+          if (!progress.is_none()) progress(name);
+        };
+        QuantizeFilesReport report;
+        {
+          py::gil_scoped_release released;
+          report = quantize_files(options);
+        }
+        return quantize_report(report);
+      },
+      py::arg("model"), py::arg("out"), py::arg("format") = "nf4", py::arg("method") = "rtn",
+      py::arg("block_size") = 64, py::arg("double_quant") = false, py::arg("act_order") = true,
+      py::arg("static_groups") = true, py::arg("skip") = py::none(), py::arg("dtype") = "auto",
+      py::arg("calibration") = "", py::arg("calibration_tokens") = 8192,
+      py::arg("sequence_length") = 512, py::arg("max_shard_size") = 5'000'000'000,
+      py::arg("progress") = py::none(),
+      "Quantises a model on disk; what the command line's quantize does. Returns its figures.");
   m.def("read_config", [](const std::string& path) {
     return py::module_::import("json").attr("loads")(read_config(path).to_json("float32"));
   });
   m.def(
       "save_model",
       [](CausalLM& model, const std::string& folder, const std::string& dtype,
-         const std::string& tokenizer_from, int64_t max_shard_size) {
-        save(model, folder, {dtype, max_shard_size, tokenizer_from});
+         const std::string& tokenizer_from, int64_t max_shard_size, const std::string& weights) {
+        save(model, folder, {dtype, weights, max_shard_size, tokenizer_from});
       },
       py::arg("model"), py::arg("folder"), py::arg("dtype") = "auto",
       py::arg("tokenizer_from") = "", py::arg("max_shard_size") = 5'000'000'000,
-      py::call_guard<py::gil_scoped_release>(),
-      "The model as a Hugging Face folder that transformers opens.");
+      py::arg("weights") = "dense", py::call_guard<py::gil_scoped_release>(),
+      "The model as a Hugging Face folder that transformers opens.\n\n"
+      "weights: 'dense' decodes packed weights, 'packed' saves them as they are.");
   m.def("generate", &run_generate, py::arg("model"), py::arg("ids"),
         py::arg("max_new_tokens") = 128, py::arg("temperature") = 0.0, py::arg("top_k") = 0,
         py::arg("top_p") = 1.0, py::arg("repetition_penalty") = 1.0, py::arg("seed") = 0,

@@ -11,6 +11,7 @@
 #include <budwood/quant/error.h>
 #include <algorithm>
 #include <map>
+#include <set>
 
 namespace budwood {
 namespace {
@@ -91,13 +92,24 @@ void train_biases(torch::nn::Module& model, const std::string& bias, const std::
       if (slot->adapter(name) && slot->bias().defined()) slot->bias().set_requires_grad(true);
 }
 
+// Numbers of the model, whatever holds them: a packed matrix counts as the matrix that it stands
+// for, and a shared tensor once.
 void count(torch::nn::Module& model, InjectReport& report) {
-  std::vector<const void*> seen;
+  std::set<const void*> seen;
   report.total = report.trainable = 0;
+  const auto count_packed = [&](const quant::Weight& w) {
+    if (!w.packed()) return;
+    if (!seen.contains(w.parts[0].unsafeGetTensorImpl())) report.total += w.out * w.in;
+    for (const auto& part : w.parts) seen.insert(part.unsafeGetTensorImpl());
+  };
+  for (const auto& module : model.modules()) {
+    if (const auto* slot = dynamic_cast<LinearSlotImpl*>(module.get()))
+      count_packed(slot->weight());
+    if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(module.get()))
+      count_packed(table->weight());
+  }
   for (const auto& p : model.parameters()) {
-    const void* id = p.unsafeGetTensorImpl();
-    if (std::find(seen.begin(), seen.end(), id) != seen.end()) continue;
-    seen.push_back(id);
+    if (!seen.insert(p.unsafeGetTensorImpl()).second) continue;
     report.total += p.numel();
     if (p.requires_grad()) report.trainable += p.numel();
   }

@@ -86,10 +86,10 @@ Weight to_bnb4(const at::Tensor& w, const QuantizeOptions& options) {
   if (!options.double_quant) return result;
   const int64_t blocks = absmax.numel();
   auto scale_codes = bytes_of({blocks}), nested = floats_of({(blocks + 255) / 256});
-  auto offset = floats_of({1}), map = floats_of({256});
-  const auto status =
-      kernels::quantize_absmax(scale, blocks, scale_codes.mutable_data_ptr<uint8_t>(),
-                               nested.mutable_data_ptr<float>(), offset.mutable_data_ptr<float>());
+  auto offset = absmax.mean().reshape({1}), map = floats_of({256});
+  const auto status = kernels::quantize_absmax(scale, blocks, offset.item<float>(),
+                                               scale_codes.mutable_data_ptr<uint8_t>(),
+                                               nested.mutable_data_ptr<float>());
   if (!status.ok()) refuse(w, {Fault::out_of_range, 0}, status.index * size);
   std::copy_n(kernels::dynamic_map(), 256, map.mutable_data_ptr<float>());
   result.parts = {codes, scale_codes, one_integer(size), nested, map, offset};

@@ -23,7 +23,9 @@ void run_merge(const MergeArguments& arguments) {
   for (const auto& warning : report.warnings) std::cerr << "warning: " << warning << "\n";
   budwood::merge(*model);
   budwood::models::save(*model, arguments.out,
-                        {arguments.dtype, arguments.max_shard_size, arguments.model});
+                        {.dtype = arguments.dtype,
+                         .max_shard_size = arguments.max_shard_size,
+                         .tokenizer_from = arguments.model});
   std::cout << fmt::format("merged {} places of {} into {}\n", report.places.size(),
                            arguments.adapter, arguments.out);
 }

@@ -72,6 +72,15 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr && !owned_) ::munmap(data_, size_);
 }
 
+void MappedFile::release(const std::byte* begin, size_t bytes) const {
+  if (owned_ || bytes == 0) return;
+  static const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  // Pages that are shared with a neighbour stay.
+  const auto first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const auto last = (reinterpret_cast<uintptr_t>(begin) + bytes) / page * page;
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
 std::string read_file(const fs::path& path, uint64_t max_bytes) {
   OpenFile file;
   open_regular(path, "read_file", file);

@@ -28,6 +28,9 @@ class MappedFile {
   size_t size() const { return size_; }
   /// First byte; null when the file is empty. Aligned to a page unless made by copy_of.
   std::byte* data() const { return data_; }
+  /// Lets go of the memory behind a range that nobody needs soon; it is read again from the file,
+  /// without what was written to it.
+  void release(const std::byte* begin, size_t bytes) const;
 
  private:
   MappedFile() = default;

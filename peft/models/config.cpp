@@ -183,8 +183,7 @@ ModelConfig parse(const Json& json) {
     if (named != c.architecture)
       fail(fmt::format("architecture '{}' is not supported; expected {}", named, c.architecture));
   }
-  if (present(json, "quantization_config"))
-    fail("the folder is quantised (quantization_config), which this version does not read");
+  if (present(json, "quantization_config")) c.quantization = json.at("quantization_config").dump();
   if (present(json, "hidden_act") && json.at("hidden_act") != "silu")
     fail(fmt::format("activation {} is not supported; supported: silu",
                      json.at("hidden_act").dump()));
@@ -303,10 +302,11 @@ ModelConfig ModelConfig::from_json(const std::string& text) {
   }
 }
 
-std::string ModelConfig::to_json(const std::string& dtype) const {
+std::string ModelConfig::to_json(const std::string& dtype, const std::string& packed) const {
   Json json = source_json.empty() ? from_fields(*this) : Json::parse(source_json);
   json.erase("torch_dtype");
   json.erase("quantization_config");
+  if (!packed.empty()) json["quantization_config"] = Json::parse(packed);
   json["dtype"] = dtype;
   json["tie_word_embeddings"] = tie_word_embeddings;
   json["vocab_size"] = vocab_size;

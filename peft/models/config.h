@@ -46,6 +46,8 @@ struct ModelConfig {
   std::vector<int64_t> sliding_window;
   std::optional<int64_t> bos_token_id, pad_token_id;
   std::vector<int64_t> eos_token_id;
+  /// `quantization_config` as JSON text: how the folder's matrices are packed. Empty = plain.
+  std::string quantization;
   /// The file this was read from, kept so that keys Budwood has no use for survive a save.
   std::string source_json;
 
@@ -53,7 +55,8 @@ struct ModelConfig {
   /// an Error that names it, never a guess.
   static ModelConfig from_json(const std::string& text);
   /// config.json's text, loadable by transformers. dtype: "float32", "bfloat16", "float16".
-  std::string to_json(const std::string& dtype) const;
+  /// quantization: as above, of the folder that is written.
+  std::string to_json(const std::string& dtype, const std::string& quantization = "") const;
 };
 
 }  // namespace budwood::models

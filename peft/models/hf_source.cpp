@@ -9,13 +9,16 @@
 namespace budwood::models {
 namespace {
 
-// The dtype of activations is that of the weights, so one table of a model decides for all.
+// The dtype of activations is that of the weights, so one table of a model decides for all. Scales
+// of packed weights have names of their own and do not count.
 at::ScalarType most_common_float(const io::ModelFiles& files) {
   std::map<at::ScalarType, uint64_t> bytes;
-  for (const auto* info : files.tensors())
-    if (info->dtype == io::Dtype::f32 || info->dtype == io::Dtype::bf16 ||
-        info->dtype == io::Dtype::f16)
+  for (const auto* info : files.tensors()) {
+    const bool plain = info->name.ends_with(".weight") || info->name.ends_with(".bias");
+    if (plain && (info->dtype == io::Dtype::f32 || info->dtype == io::Dtype::bf16 ||
+                  info->dtype == io::Dtype::f16))
       bytes[scalar_type(info->dtype)] += info->bytes();
+  }
   at::ScalarType best = at::kFloat;
   uint64_t most = 0;
   for (const auto& [type, count] : bytes)
@@ -23,13 +26,40 @@ at::ScalarType most_common_float(const io::ModelFiles& files) {
   return best;
 }
 
+// "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj."
+std::string layer_of(const std::string& name) {
+  return name.substr(0, name.rfind('.') + 1);
+}
+
+// A layer's tensors end in one name, or in "weight" and one more: "up_proj.weight.absmax".
+std::string layer_of_part(const std::string& name) {
+  const auto weight = name.find(".weight.");
+  return weight == std::string::npos ? layer_of(name) : name.substr(0, weight + 1);
+}
+
 }  // namespace
 
-HfSource::HfSource(const std::string& folder, std::optional<at::ScalarType> dtype)
-    : files_(io::ModelFiles::open(folder)), dtype_(dtype ? *dtype : most_common_float(files_)) {}
+HfSource::HfSource(const std::string& folder, std::optional<at::ScalarType> dtype,
+                   const std::string& quantization_config)
+    : files_(io::ModelFiles::open(folder)), dtype_(dtype ? *dtype : most_common_float(files_)) {
+  if (quantization_config.empty()) return;
+  checkpoint_ = quant::open_checkpoint(quantization_config);
+  for (const auto* info : files_.tensors()) layers_[layer_of_part(info->name)].push_back(info);
+}
 
 bool HfSource::has(const std::string& name) const {
-  return files_.find(name) != nullptr;
+  return files_.find(name) != nullptr || !packed_parts(name).empty();
+}
+
+quant::StoredParts HfSource::packed_parts(const std::string& name) const {
+  if (!checkpoint_ || !name.ends_with(".weight")) return {};
+  const auto path = layer_of(name);
+  const auto it = layers_.find(path);
+  if (it == layers_.end()) return {};
+  quant::StoredParts parts;
+  for (const auto* info : it->second)
+    if (info->name != path + "bias") parts[info->name.substr(path.size())] = as_tensor(*info);
+  return checkpoint_->packed(parts) ? parts : quant::StoredParts{};
 }
 
 at::Tensor HfSource::read(const std::string& name, at::IntArrayRef shape) {
@@ -51,11 +81,27 @@ at::Tensor HfSource::read(const std::string& name, at::IntArrayRef shape) {
 }
 
 quant::Weight HfSource::matrix(const std::string& name, int64_t out, int64_t in) {
+  const auto parts = packed_parts(name);
+  if (!parts.empty()) {
+    const auto path = layer_of(name);
+    for (const auto& [part, tensor] : parts) used_.insert(path + part);
+    try {
+      return checkpoint_->read(parts, out, in);
+    } catch (const std::exception& e) {
+      throw Error("load", fmt::format("{}: the layer '{}': {}", files_.path().string(),
+                                      path.substr(0, path.size() - 1), e.what()));
+    }
+  }
   return quant::Weight::dense(read(name, {out, in}).to(dtype_));
 }
 
 at::Tensor HfSource::vector(const std::string& name, int64_t size) {
   return read(name, {size}).to(dtype_);
+}
+
+void HfSource::release(const std::string& name) {
+  const auto* info = files_.find(name);
+  if (info) info->file->release(info->data, info->bytes());
 }
 
 std::vector<std::string> HfSource::unused() const {

@@ -2,27 +2,37 @@
 
 #include <budwood/peft/io/hf_index.h>
 #include <budwood/peft/models/weight_source.h>
+#include <budwood/quant/checkpoints/checkpoint.h>
+#include <map>
 #include <set>
 
 namespace budwood::models {
 
-/// Weights of a Hugging Face folder. Tensors whose dtype is unchanged are views of the mapped file.
+/// Weights of a Hugging Face folder. Tensors whose dtype is unchanged are views of the mapped file,
+/// and so are the codes of a quantised folder where their layout is the one that is multiplied.
 class HfSource final : public WeightSource {
  public:
-  /// dtype: undefined keeps what each tensor has.
-  HfSource(const std::string& folder, std::optional<at::ScalarType> dtype);
+  /// dtype: of activations and plain weights; undefined keeps what each tensor has.
+  /// quantization_config: that of config.json as text, or empty.
+  HfSource(const std::string& folder, std::optional<at::ScalarType> dtype,
+           const std::string& quantization_config = "");
 
   bool has(const std::string& name) const override;
   quant::Weight matrix(const std::string& name, int64_t out, int64_t in) override;
   at::Tensor vector(const std::string& name, int64_t size) override;
   at::ScalarType dtype() const override { return dtype_; }
+  void release(const std::string& name) override;
   std::vector<std::string> unused() const override;
 
  private:
   at::Tensor read(const std::string& name, at::IntArrayRef shape);
+  // The packed tensors of the layer whose weight is `name`; empty when it is plain.
+  quant::StoredParts packed_parts(const std::string& name) const;
 
   io::ModelFiles files_;
   at::ScalarType dtype_;
+  std::unique_ptr<quant::Checkpoint> checkpoint_;
+  std::map<std::string, std::vector<const io::TensorInfo*>> layers_;  // by path
   std::set<std::string> used_;
 };
 

@@ -8,8 +8,11 @@
 namespace budwood::models {
 
 QuantizingSource::QuantizingSource(WeightSource& source, quant::QuantizeOptions options,
-                                   std::vector<std::string> skip)
-    : source_(source), options_(std::move(options)), skip_(std::move(skip)) {}
+                                   std::vector<std::string> skip, QuantizeObserver observer)
+    : source_(source),
+      options_(std::move(options)),
+      skip_(std::move(skip)),
+      observer_(std::move(observer)) {}
 
 quant::Weight QuantizingSource::matrix(const std::string& name, int64_t out, int64_t in) {
   auto weight = source_.matrix(name, out, in);
@@ -17,8 +20,14 @@ quant::Weight QuantizingSource::matrix(const std::string& name, int64_t out, int
     return name.find(part) != std::string::npos;
   });
   if (skipped) return weight;
+  if (weight.packed())
+    throw Error("load", fmt::format("the tensor '{}' is quantised already ({}): load it as it is",
+                                    name, quant::form_of(weight.format).name()));
   try {
-    return quant::quantize(weight.rows(0, out, weight.dtype()), options_);
+    auto packed = quant::quantize(weight.rows(0, out, weight.dtype()), options_);
+    if (observer_) observer_(name, weight, packed);
+    source_.release(name);
+    return packed;
   } catch (const Error& e) {
     throw Error("load", fmt::format("the tensor '{}' cannot be quantised: {}", name, e.what()));
   }

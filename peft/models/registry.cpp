@@ -52,9 +52,11 @@ void require_all_used(const WeightSource& source, const ModelConfig& config,
 
 bool wants_packed(const std::string& path, bool folder, const LoadOptions& options) {
   if (!options.quantize.empty()) quant::require_quantizable(options.quantize);
+  if (options.weights == "auto") return !folder && options.quantize.empty();
   if (options.weights == "dense") return false;
   if (options.weights != "packed")
-    throw Error("load", fmt::format("weights is 'dense' or 'packed', found '{}'", options.weights));
+    throw Error("load",
+                fmt::format("weights is 'auto', 'dense' or 'packed', found '{}'", options.weights));
   if (folder)
     throw Error("load",
                 fmt::format("'{}' is a folder: only the blocks of a GGUF file can be used packed; "
@@ -74,7 +76,11 @@ std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source,
   if (options.quantize.empty()) {
     model = build(std::move(config), source);
   } else {
-    QuantizingSource quantizing(source, {.format = options.quantize}, options.quantize_skip);
+    QuantizingSource quantizing(source,
+                                {.format = options.quantize,
+                                 .block_size = options.block_size,
+                                 .double_quant = options.double_quant},
+                                options.quantize_skip, options.on_quantized);
     model = build(std::move(config), quantizing);
   }
   require_all_used(source, model->config(), path);
@@ -111,7 +117,7 @@ std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& optio
     return build_from(source.config(), source, path, options);
   }
   auto config = folder_config(path);
-  HfSource source(path, dtype);
+  HfSource source(path, dtype, config.quantization);
   return build_from(std::move(config), source, path, options);
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <budwood/peft/models/model.h>
+#include <budwood/peft/models/quantizing_source.h>
 #include <budwood/peft/models/weight_source.h>
 #include <functional>
 #include <memory>
@@ -14,17 +15,23 @@ struct LoadOptions {
   /// or "float32", "bfloat16", "float16". Weights whose dtype is unchanged are used straight from
   /// the mapped file.
   std::string dtype = "auto";
-  /// "dense" decodes the blocks of a GGUF file; "packed" multiplies them as they lie in the mapped
-  /// file, and dtype is then that of activations. A folder has no blocks.
-  std::string weights = "dense";
-  /// Quantises each matrix while loading: "nf4", "fp4", "int8", "int4", "affine8"
-  /// (quant/quantize.h); empty = not.
+  /// What becomes of the blocks of a GGUF file: "packed" multiplies them as they lie in the mapped
+  /// file, and dtype is then that of activations; "dense" decodes them; "auto" is packed, unless
+  /// `quantize` packs them anew. A folder has no blocks.
+  std::string weights = "auto";
+  /// Quantises each matrix while loading, tensor by tensor: "nf4", "fp4", "int8", "int4",
+  /// "affine8"; empty = not. What the rest of the name does not say stands in quant/quantize.h.
   std::string quantize;
+  int64_t block_size = 64;
+  bool double_quant = false;
   /// Matrices whose names contain one of these are left as they are.
   std::vector<std::string> quantize_skip = {"lm_head", "embed"};
+  /// Sees each matrix that is quantised.
+  QuantizeObserver on_quantized;
 };
 
-/// A model from a Hugging Face folder (config.json, safetensors, sharded or not) or a GGUF file.
+/// A model from a Hugging Face folder (config.json, safetensors, sharded or not) or a GGUF file. A
+/// folder that bitsandbytes, GPTQ, AWQ or Budwood has quantised keeps its codes as they are.
 /// Unknown architectures and tensors that do not belong to the model are Errors.
 std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& options = {});
 
@@ -32,7 +39,10 @@ std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& optio
 ModelConfig read_config(const std::string& path);
 
 struct SaveOptions {
-  std::string dtype = "auto";              ///< "auto" keeps each weight's own
+  std::string dtype = "auto";  ///< "auto" keeps each weight's own
+  /// "dense" decodes packed weights to the dtype of activations; "packed" saves nf4, fp4 and int8
+  /// in bitsandbytes' layout, which transformers opens, and other integers in Budwood's own.
+  std::string weights = "dense";
   int64_t max_shard_size = 5'000'000'000;  ///< bytes of one file
   /// Folder or GGUF file the model came from: tokeniser files are carried over (or written from the
   /// GGUF's metadata). Empty = none.

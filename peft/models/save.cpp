@@ -6,10 +6,12 @@
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/slot.h>
 #include <budwood/peft/tensor_file.h>
+#include <budwood/quant/checkpoints/checkpoint.h>
 #include <budwood/quant/error.h>
 #include <array>
 #include <functional>
 #include <map>
+#include <optional>
 
 namespace budwood::models {
 namespace {
@@ -26,8 +28,11 @@ struct Stored {
   std::function<at::Tensor(int64_t begin, int64_t end, at::ScalarType)> rows;
 };
 
-Stored stored(const quant::Weight& w) {
-  return {w.dtype(), {w.out, w.in}, [&w](int64_t begin, int64_t end, at::ScalarType type) {
+// Packed weights, and what was merged into them, stand for fp32 values; a file has no use for more
+// than the model computes with.
+Stored stored(const quant::Weight& w, at::ScalarType activations) {
+  const auto type = w.dtype() == at::kFloat ? activations : w.dtype();
+  return {type, {w.out, w.in}, [&w](int64_t begin, int64_t end, at::ScalarType type) {
             return w.rows(begin, end, type);
           }};
 }
@@ -54,9 +59,39 @@ bool head_is_tied(CausalLM& model) {
   return head && table && head->weight().parts[0].is_same(table->weight().parts[0]);
 }
 
-std::map<std::string, Stored> tensors_of(CausalLM& model) {
+struct Contents {
+  std::map<std::string, Stored> tensors;
+  std::string quantization;  // quantization_config, empty for plain weights
+};
+
+// The matrices that are packed, and the paths of the projections that are not.
+struct Packing {
+  std::vector<const quant::Weight*> weights;
+  std::vector<std::string> plain;
+};
+
+Packing packing_of(CausalLM& model) {
+  Packing result;
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    const auto* slot = dynamic_cast<const LinearSlotImpl*>(item.value().get());
+    if (slot && slot->weight().packed())
+      result.weights.push_back(&slot->weight());
+    else if (slot)
+      result.plain.push_back(item.key());
+  }
+  return result;
+}
+
+Contents contents_of(CausalLM& model, bool packed) {
   const bool tied = head_is_tied(model);
-  std::map<std::string, Stored> all;
+  std::optional<quant::CheckpointWriter> writer;
+  Contents contents;
+  if (packed) {
+    const auto packing = packing_of(model);
+    writer = quant::checkpoint_writer(packing.weights, model.dtype());
+    contents.quantization = writer->config(packing.plain);
+  }
+  auto& all = contents.tensors;
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
     const auto& path = item.key();
     auto* module = item.value().get();
@@ -64,21 +99,25 @@ std::map<std::string, Stored> tensors_of(CausalLM& model) {
     if (const auto* slot = dynamic_cast<LinearSlotImpl*>(module)) {
       check_plain(path, *slot);
       if (path == "lm_head" && tied) continue;
-      all.emplace(path + ".weight", stored(slot->weight()));
+      if (writer && slot->weight().packed())
+        for (const auto& [part, tensor] : writer->parts(slot->weight()))
+          all.emplace(path + "." + part, stored(tensor));
+      else
+        all.emplace(path + ".weight", stored(slot->weight(), model.dtype()));
       if (slot->bias().defined()) all.emplace(path + ".bias", stored(slot->bias()));
     } else if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(module)) {
-      all.emplace(path + ".weight", stored(table->weight()));
+      all.emplace(path + ".weight", stored(table->weight(), model.dtype()));
     } else {
       for (const auto& p : module->named_parameters(/*recurse=*/false))
         all.emplace(path + "." + p.key(), stored(p.value()));
     }
   }
-  return all;
+  return contents;
 }
 
-void write_weights(CausalLM& model, const fs::path& folder, const SaveOptions& options) {
+void write_weights(const std::map<std::string, Stored>& all, const fs::path& folder,
+                   const SaveOptions& options) {
   const bool keep = options.dtype == "auto";
-  const auto all = tensors_of(model);
   std::vector<io::TensorSpec> specs;
   for (const auto& [name, tensor] : all)
     specs.push_back(
@@ -94,7 +133,7 @@ void write_weights(CausalLM& model, const fs::path& folder, const SaveOptions& o
     const int64_t step = std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, row_bytes));
     for (int64_t begin = 0; begin < rows; begin += step) {
       const auto panel = tensor.rows(begin, std::min(rows, begin + step), type).contiguous();
-      if (!panel.isfinite().all().item<bool>())
+      if (panel.is_floating_point() && !panel.isfinite().all().item<bool>())
         throw Error("save", fmt::format("'{}' holds values that are not finite in {}", spec.name,
                                         dtype_text(type)));
       writer.write(spec.name, panel.const_data_ptr(), panel.nbytes());
@@ -126,12 +165,20 @@ void carry_tokenizer(const fs::path& from, const fs::path& folder) {
 }  // namespace
 
 void save(CausalLM& model, const std::string& folder, const SaveOptions& options) {
+  if (options.weights != "dense" && options.weights != "packed")
+    throw Error("save", fmt::format("weights is 'dense' or 'packed', found '{}'", options.weights));
+  const bool packed = options.weights == "packed";
+  if (packed && options.dtype != "auto" && scalar_type_of(options.dtype) != model.dtype())
+    throw Error("save", fmt::format("packed weights are saved as they are: dtype is 'auto', found "
+                                    "'{}'",
+                                    options.dtype));
+  const auto contents = contents_of(model, packed);
   auto config = model.config();
   config.tie_word_embeddings = head_is_tied(model);
   io::AtomicFolder out(folder, io::Existing::refuse);
   const auto dtype = options.dtype == "auto" ? dtype_text(model.dtype()) : options.dtype;
-  io::write_file(out.path() / "config.json", config.to_json(dtype));
-  write_weights(model, out.path(), options);
+  io::write_file(out.path() / "config.json", config.to_json(dtype, contents.quantization));
+  write_weights(contents.tensors, out.path(), options);
   if (!options.tokenizer_from.empty()) carry_tokenizer(options.tokenizer_from, out.path());
   out.commit();
 }

@@ -21,6 +21,8 @@ class WeightSource {
   virtual at::Tensor vector(const std::string& name, int64_t size) = 0;
   /// dtype of activations.
   virtual at::ScalarType dtype() const = 0;
+  /// The values of this tensor are not needed any more: what memory holds of the file may go.
+  virtual void release(const std::string& name) { (void)name; }
   /// Names in the source that nobody asked for.
   virtual std::vector<std::string> unused() const = 0;
 };

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from .peft_model import PeftModel
+    from .quantized import (
+        QuantizedLinear,
+        prepare_model_for_kbit_training,
+        quantize_linear,
+        quantize_model,
+    )
     from .save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 
 _HOME = {
@@ -42,10 +48,14 @@ _HOME = {
     "PeftModelForSequenceClassification": "mapping",
     "PeftModelForTokenClassification": "mapping",
     "PeftType": "config",
+    "QuantizedLinear": "quantized",
     "TaskType": "config",
     "get_peft_model": "mapping",
     "get_peft_model_state_dict": "save_and_load",
     "inject_adapter_in_model": "inject",
+    "prepare_model_for_kbit_training": "quantized",
+    "quantize_linear": "quantized",
+    "quantize_model": "quantized",
     "set_peft_model_state_dict": "save_and_load",
 }
 
@@ -66,11 +76,15 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "QuantizedLinear",
     "TaskType",
     "cmake_prefix_path",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "prepare_model_for_kbit_training",
+    "quantize_linear",
+    "quantize_model",
     "set_peft_model_state_dict",
 ]
 

@@ -14,6 +14,7 @@ from .combine import check_combination, combine, combined_rank
 from .config import LoraConfig
 from .errors import Error
 from .inject import inject
+from .quantized import describe_quantization
 
 
 class AdapterControls:
@@ -111,6 +112,7 @@ class AdapterControls:
         replaced = [slot.base_before_merge() for _, slot in switches.linear_slots(model)]
         switches.remove_slots(model, keep_trained=True)
         _untie(model, [weight for weight in replaced if weight is not None])
+        describe_quantization(model)
         return model
 
     def unload(self) -> nn.Module:

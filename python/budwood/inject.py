@@ -17,7 +17,7 @@ from .saved_modules import SavedModule
 from .slots import LinearSlot
 from .switches import adapters_of, biases_of, replace, set_adapter, set_biases, slots
 from .targets import Match, Target, adaptable_modules, match_targets
-from .weights import is_conv1d, is_linear
+from .weights import count_parameters, is_conv1d, is_linear
 
 
 @dataclass
@@ -105,8 +105,7 @@ def inject(
     if first:
         set_adapter(model, [adapter_name], trainable=not config.inference_mode)
     _record(model, adapter_name, config, match)
-    report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    report.total = sum(p.numel() for p in model.parameters())
+    report.trainable, report.total = count_parameters(model)
     for note in report.warnings:
         warnings.warn(note, stacklevel=3)
     return report
@@ -150,7 +149,8 @@ def _target_layers(model: nn.Module, targets: list[Target]) -> list[nn.Module]:
     if wrong:
         raise Error(
             "[inject] LoRA attaches to torch.nn.Linear and transformers' Conv1D with floating "
-            f"point weights, but target_modules also matches: {', '.join(wrong)}"
+            "point weights and to packed layers, but target_modules also matches: "
+            + ", ".join(wrong)
         )
     return layers
 

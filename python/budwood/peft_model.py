@@ -23,6 +23,7 @@ from .save_and_load import (
     set_peft_model_state_dict,
     with_prefix,
 )
+from .weights import count_parameters
 
 
 class AdaptedModel(AdapterControls, nn.Module):
@@ -111,8 +112,7 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, shared ones counted once."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()

@@ -14,8 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import _C
 from .errors import Error
-from .weights import DENSE_TRANSPOSED, is_called_plainly, storage_of, weight_parts
+from .weights import (
+    DENSE_TRANSPOSED,
+    compute_dtype,
+    is_called_plainly,
+    is_packed,
+    storage_of,
+    value_dtype,
+    weight_parts,
+)
 
 
 class Slot(nn.Module):
@@ -52,7 +61,7 @@ class Slot(nn.Module):
 
 
 class LinearSlot(Slot):
-    """A torch.nn.Linear or transformers Conv1D with LoRA adapters.
+    """A torch.nn.Linear, a transformers Conv1D or a packed layer, with LoRA adapters.
 
     x [..., in] -> y [..., out] in the dtype of the base layer's result. Adapters are fp32 on a 16
     bit base; x is cast to their dtype and the result back.
@@ -69,8 +78,9 @@ class LinearSlot(Slot):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        # The parameters that stood in base_layer before a merge; a tuple, so that it is no child.
-        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        # What stood in base_layer before a merge: its parameters, or a packed layer whole. A tuple,
+        # so that it is no child.
+        self._unmerged: tuple[Any, ...] | None = None
         self._merge_again: list[str] = []
 
     @property
@@ -159,12 +169,14 @@ class LinearSlot(Slot):
         plain = not args and not kwargs and is_called_plainly(self.base_layer)
         if len(running) == 1 and plain and self._is_one_product(running[0]):
             return self._forward_fused(x, running[0])
+        dtype = x.dtype
         if plain:
             parts, form, shape = weight_parts(self.base_layer)
-            y = torch.ops.budwood.linear(x, parts, form, shape, self.base_layer.bias)
+            inner = x.to(compute_dtype(self.base_layer, x))
+            y = torch.ops.budwood.linear(inner, parts, form, shape, self.base_layer.bias).to(dtype)
         else:
             y = self.base_layer(x, *args, **kwargs)
-        dtype = y.dtype
+            dtype = y.dtype
         for name in running:
             a, b = self.lora_A[name], self.lora_B[name]
             u = a(self.lora_dropout[name](x.to(a.weight.dtype)))
@@ -182,9 +194,11 @@ class LinearSlot(Slot):
         bias = self.base_layer.bias
         if b.bias is not None:
             bias = b.bias * scaling if bias is None else bias + b.bias * scaling
-        return torch.ops.budwood.lora_linear(
-            x, parts, form, shape, bias, a.weight, b.weight, scaling
+        inner = x.to(compute_dtype(self.base_layer, x))
+        y = torch.ops.budwood.lora_linear(
+            inner, parts, form, shape, bias, a.weight, b.weight, scaling
         )
+        return y.to(x.dtype)
 
     @torch.no_grad()
     def delta(self, name: str) -> torch.Tensor:
@@ -203,15 +217,13 @@ class LinearSlot(Slot):
         added = [n for n in names if n in self.lora_A and n not in self.merged_adapters]
         if not added:
             return
+        if is_packed(self.base_layer) or len(self._unmerged or ()) == 1:
+            self._merge_packed(added)
+            return
         old_weight, old_bias = self._unmerged or (self.base_layer.weight, self.base_layer.bias)
         merged = [*self.merged_adapters, *added]
-        weight, bias = self._folded(old_weight, old_bias, merged)
-        for what, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise Error(
-                    f"[merge] the {what} with {merged} folded in is not finite in "
-                    f"{tensor.dtype}; nothing was changed"
-                )
+        parts = [old_weight], weight_parts(self.base_layer)[1]
+        weight, bias = self._folded(parts, old_weight.dtype, old_bias, merged)
         self._unmerged = (old_weight, old_bias)
         self.merged_adapters = merged
         # New parameters instead of new data: a tied embedding keeps the old ones.
@@ -219,40 +231,75 @@ class LinearSlot(Slot):
         if bias is not None:
             self.base_layer.bias = nn.Parameter(bias, requires_grad=old_bias.requires_grad)
 
+    def _merge_packed(self, added: list[str]) -> None:
+        """Codes cannot hold a merged weight: a plain layer takes the packed one's place."""
+        packed = self._unmerged[0] if self._unmerged else self.base_layer
+        merged = [*self.merged_adapters, *added]
+        parts, form, _ = weight_parts(packed)
+        weight, bias = self._folded((parts, form), value_dtype(packed), packed.bias, merged)
+        layer = nn.Linear(
+            self.in_features, self.out_features, bias=packed.bias is not None, device="meta"
+        )
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if packed.bias is not None:
+            bias = packed.bias.detach() if bias is None else bias
+            layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+        self._unmerged, self.merged_adapters = (packed,), merged
+        self.base_layer = layer.train(packed.training)
+
     def _folded(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, names: list[str]
+        self,
+        base: tuple[list[torch.Tensor], int],
+        dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        names: list[str],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        transposed = weight_parts(self.base_layer)[1] == DENSE_TRANSPOSED
-        folded = torch.empty_like(weight)
-        source, target = (weight.t(), folded.t()) if transposed else (weight, folded)
+        parts, form = base
+        shape = [self.out_features, self.in_features]
+        transposed = form == DENSE_TRANSPOSED
+        folded = torch.empty(
+            shape[::-1] if transposed else shape, dtype=dtype, device=parts[0].device
+        )
+        target = folded.t() if transposed else folded
         step = max(1, (1 << 22) // self.in_features)
         for begin in range(0, self.out_features, step):
-            rows = source[begin : begin + step].double()
+            end = min(self.out_features, begin + step)
+            rows = _C.dequantize(parts, form, shape, "float64", begin, end)
             for name in names:
                 a, b = self.lora_A[name].weight, self.lora_B[name].weight
-                rows += self.scaling[name] * (b[begin : begin + step].double() @ a.double())
-            target[begin : begin + step] = rows
+                rows = rows + self.scaling[name] * (b[begin:end].double() @ a.double())
+            target[begin:end] = rows
         with_bias = [n for n in names if self.lora_B[n].bias is not None]
-        if not with_bias:
-            return folded, None
-        if bias is None:
+        if with_bias and bias is None:
             raise Error(
                 f"[merge] adapter {with_bias[0]!r} has a bias (lora_bias=True), but the base layer "
                 "has none to fold it into"
             )
-        total = bias.double()
-        for name in with_bias:
-            total = total + self.scaling[name] * self.lora_B[name].bias.double()
-        return folded, total.to(bias.dtype)
+        total = None
+        if with_bias:
+            total = bias.double()
+            for name in with_bias:
+                total = total + self.scaling[name] * self.lora_B[name].bias.double()
+            total = total.to(bias.dtype)
+        for what, tensor in (("weight", folded), ("bias", total)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise Error(
+                    f"[merge] the {what} with {names} folded in is not finite in "
+                    f"{tensor.dtype}; nothing was changed"
+                )
+        return folded, total
 
     def unmerge(self) -> None:
         """Restores the base bit for bit."""
         self._merge_again = []
         if self._unmerged is None:
             return
-        self.base_layer.weight, bias = self._unmerged
-        if bias is not None:
-            self.base_layer.bias = bias
+        if len(self._unmerged) == 1:
+            (self.base_layer,) = self._unmerged
+        else:
+            self.base_layer.weight, bias = self._unmerged
+            if bias is not None:
+                self.base_layer.bias = bias
         self._unmerged, self.merged_adapters = None, []
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -266,14 +313,16 @@ class LinearSlot(Slot):
         self.adapters_enabled = enabled
 
     def base_before_merge(self) -> nn.Parameter | None:
-        """The base weight that a merge has set aside."""
-        return None if self._unmerged is None else self._unmerged[0]
+        """The base weight that a merge has set aside; None when that is a packed layer."""
+        return self._unmerged[0] if self._unmerged and len(self._unmerged) == 2 else None
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LinearSlot:
         super()._apply(fn, recurse)
-        for parameter in self._unmerged or ():
-            if parameter is not None:
-                parameter.data = fn(parameter.data)
+        for kept in self._unmerged or ():
+            if isinstance(kept, nn.Module):
+                kept._apply(fn)
+            elif kept is not None:
+                kept.data = fn(kept.data)
         return self
 
     def extra_repr(self) -> str:

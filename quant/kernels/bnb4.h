@@ -48,10 +48,11 @@ struct NestedAbsmax {
 /// The signed 8-bit map that bitsandbytes uses for it: 256 ascending values, 0 at 127, 1 at 255.
 const float* dynamic_map();
 
-/// blocks absmax values to codes [blocks], nested [ceil(blocks / 256)] and the offset, their mean.
-/// Of two entries equally near the lower is taken. NaN and infinity are faults.
-QuantizeStatus quantize_absmax(const float* absmax, int64_t blocks, uint8_t* codes, float* nested,
-                               float* offset);
+/// blocks absmax values to codes [blocks] and nested [ceil(blocks / 256)], around an offset near
+/// their mean (bitsandbytes takes torch's mean, whose last bits depend on the order of its sum). Of
+/// two entries equally near the lower is taken. NaN and infinity are faults.
+QuantizeStatus quantize_absmax(const float* absmax, int64_t blocks, float offset, uint8_t* codes,
+                               float* nested);
 
 /// Values [begin, begin + n) of a nested absmax.
 void dequantize_absmax(const NestedAbsmax& nested, int64_t begin, int64_t n, float* dst);

@@ -60,27 +60,24 @@ const float* dynamic_map() {
   return map.values;
 }
 
-QuantizeStatus quantize_absmax(const float* absmax, int64_t blocks, uint8_t* codes, float* nested,
-                               float* offset) {
+QuantizeStatus quantize_absmax(const float* absmax, int64_t blocks, float offset, uint8_t* codes,
+                               float* nested) {
   const float* map = dynamic_map();
-  double sum = 0.0;
   for (int64_t i = 0; i < blocks; ++i) {
     if (!std::isfinite(absmax[i])) {
       return {Fault::not_finite, i};
     }
-    sum += absmax[i];
   }
-  *offset = blocks > 0 ? static_cast<float>(sum / static_cast<double>(blocks)) : 0.0f;
   for (int64_t begin = 0; begin < blocks; begin += kNestedBlock) {
     const int64_t end = std::min(begin + kNestedBlock, blocks);
     float most = 0.0f;
     for (int64_t i = begin; i < end; ++i) {
-      most = std::max(most, std::fabs(absmax[i] - *offset));
+      most = std::max(most, std::fabs(absmax[i] - offset));
     }
     nested[begin / kNestedBlock] = most;
     const float inverse = 1.0f / most;
     for (int64_t i = begin; i < end; ++i) {
-      const float centred = absmax[i] - *offset;
+      const float centred = absmax[i] - offset;
       // No inverse of zero or of a subnormal: then every value is the offset's, or next to it.
       const float v = std::isfinite(inverse) ? centred * inverse
                       : most > 0.0f          ? centred / most

@@ -33,6 +33,14 @@ Tokenizer = Annotated[
     ),
 ]
 Dtype = Annotated[str, Option(metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None,
+    Option(
+        metavar="FORM",
+        help="Pack the weights while loading: nf4, fp4, int8, int4 or affine8.",
+        show_default="as they are",
+    ),
+]
 Adapters = Annotated[
     list[str] | None, Option("--adapter", "-a", metavar="PATH", help="Adapter folder.")
 ]
@@ -92,6 +100,8 @@ def train(
 
     \b
       model, tokenizer, dtype, seed, output
+      weights:  auto, packed or dense: whether a GGUF's blocks are used as they are
+      quantize: nf4, fp4, int8, int4; or format, block_size, double_quant, skip
       data:     train, eval, format, sequence_length, packing, long_rows, shuffle, bos, eos
       adapter:  method (lora), name, r, lora_alpha, target_modules, lora_dropout, ...
       train:    steps or epochs, batch_size, grad_accumulation, learning_rate, schedule,
@@ -127,6 +137,7 @@ def evaluate(
     eos: Eos = True,
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Measure loss and perplexity on text, with or without an adapter.
@@ -146,6 +157,7 @@ def evaluate(
         eos=eos,
         tokenizer=tokenizer,
         dtype=dtype,
+        quantize=quantize,
         as_json=json,
     )
 
@@ -182,6 +194,7 @@ def generate(
     seed: Annotated[int, Option(metavar="N", min=0, help="Of the draws.")] = 0,
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt or answer in a chat.
@@ -207,6 +220,7 @@ def generate(
         },
         tokenizer=tokenizer,
         dtype=dtype,
+        quantize=quantize,
         as_json=json,
     )
 

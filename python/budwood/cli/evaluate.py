@@ -20,12 +20,13 @@ def run(
     eos: bool,
     tokenizer: str | None,
     dtype: str,
+    quantize: str | None,
     as_json: bool,
 ) -> None:
     from .. import _C
 
     output = Output(as_json)
-    loaded = open_model(model, dtype, adapters)
+    loaded = open_model(model, dtype, adapters, quantize)
     with open_data(data, tokenizer or model, loaded, form=form, bos=bos, eos=eos) as file:
         sampler = _C.Sampler(
             file,

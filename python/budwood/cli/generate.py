@@ -22,6 +22,7 @@ def run(
     sampling: dict[str, Any],
     tokenizer: str | None,
     dtype: str,
+    quantize: str | None,
     as_json: bool,
 ) -> None:
     if system is not None and not chat:
@@ -35,7 +36,7 @@ def run(
     if prompt == "":
         raise Error("[generate] the prompt is empty")
     speaker = Speaker(
-        load_tokenizer(tokenizer or model), open_model(model, dtype, adapters), sampling
+        load_tokenizer(tokenizer or model), open_model(model, dtype, adapters, quantize), sampling
     )
     messages = [] if system is None else [{"role": "system", "content": system}]
     if talk:

@@ -9,9 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Error
+from .console import size
 
 
-def open_model(path: str, dtype: str, adapters: list[str]) -> Any:
+def load_model(
+    path: str, dtype: str, weights: str = "auto", quantize: dict[str, Any] | None = None
+) -> Any:
+    """A C++ model, packed while it is loaded when `quantize` says how."""
+    from .. import _C
+
+    options: dict[str, Any] = {}
+    if quantize is not None:
+        options = {
+            "quantize": quantize["format"],
+            "block_size": quantize.get("block_size", 64),
+            "double_quant": quantize.get("double_quant", False),
+        }
+        if quantize.get("skip") is not None:
+            options["quantize_skip"] = quantize["skip"]
+    return _C.load_model(path, dtype, weights, **options)
+
+
+def open_model(path: str, dtype: str, adapters: list[str], quantize: str | None = None) -> Any:
     """A C++ model with adapters attached, all of them active."""
     from .. import _C
 
@@ -20,7 +39,7 @@ def open_model(path: str, dtype: str, adapters: list[str]) -> Any:
     for folder in adapters:
         if not Path(folder).exists():
             raise Error(f"[load_adapter] {folder} does not exist")
-    model = _C.load_model(path, dtype)
+    model = load_model(path, dtype, quantize=None if quantize is None else {"format": quantize})
     names = adapter_names(adapters)
     for name, folder in zip(names, adapters):
         _C.load_adapter(model, folder, name)
@@ -28,6 +47,16 @@ def open_model(path: str, dtype: str, adapters: list[str]) -> Any:
         _C.set_active(model, names)
     model.eval()
     return model
+
+
+def weights_text(model: Any) -> str:
+    """What a model's matrices are and take: "106.2 M weights as GGUF Q4_1 in 66.4 MB"."""
+    from .. import _C
+
+    return ", ".join(
+        f"{part['weights'] / 1e6:.1f} M weights as {part['form']} in {size(part['bytes'])}"
+        for part in _C.base_weights(model)
+    )
 
 
 def adapter_names(adapters: list[str]) -> list[str]:

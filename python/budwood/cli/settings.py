@@ -16,6 +16,8 @@ TOP = {
     "model": None,
     "tokenizer": None,
     "dtype": "auto",
+    "weights": "auto",
+    "quantize": None,
     "seed": 0,
     "output": None,
     "resume": False,
@@ -24,6 +26,8 @@ TOP = {
     "adapter": {},
     "train": {},
 }
+# `quantize: nf4` is short for `quantize: {format: nf4}`.
+QUANTIZE = {"format": None, "block_size": 64, "double_quant": False, "skip": None}
 DATA = {"train": None, "eval": None, "format": "auto", "bos": None, "eos": True}
 # Options of the trainer that stand under `data`, because they say how rows become sequences.
 SAMPLING = ("sequence_length", "packing", "long_rows", "shuffle")
@@ -43,6 +47,8 @@ class Settings:
     model: str
     tokenizer: str
     dtype: str
+    weights: str
+    quantize: dict[str, Any] | None
     output: Path
     adapter_name: str
     adapter: dict[str, Any]
@@ -95,9 +101,10 @@ def check(values: dict[str, Any], source: str) -> Settings:
         _type(top[name], str, name, source)
     _type(top["seed"], int, "seed", source)
     _type(top["overwrite"], bool, "overwrite", source)
-    for name in ("tokenizer", "dtype"):
+    for name in ("tokenizer", "dtype", "weights"):
         if top[name] is not None:
             _type(top[name], str, name, source)
+    quantize = _quantize(top["quantize"], source)
 
     data_defaults = {**DATA, **{key: trainer[key] for key in SAMPLING}}
     _known(top["data"], data_defaults, "data.", source)
@@ -141,6 +148,8 @@ def check(values: dict[str, Any], source: str) -> Settings:
         model=top["model"],
         tokenizer=top["tokenizer"] or top["model"],
         dtype=top["dtype"] or "auto",
+        weights=top["weights"] or "auto",
+        quantize=quantize,
         output=Path(top["output"]),
         adapter_name=name,
         adapter=adapter,
@@ -148,12 +157,33 @@ def check(values: dict[str, Any], source: str) -> Settings:
         train=options,
         seed=top["seed"],
         resolved={
-            **{key: top[key] for key in ("model", "tokenizer", "dtype", "seed", "output")},
+            **{key: top[key] for key in ("model", "tokenizer", "dtype", "weights")},
+            "quantize": quantize,
+            **{key: top[key] for key in ("seed", "output")},
             "data": data,
             "adapter": {"method": method, "name": name, **shown, **adapter},
             "train": train,
         },
     )
+
+
+def _quantize(value: Any, source: str) -> dict[str, Any] | None:
+    """How the base is packed while it is loaded; None = as it lies in its files."""
+    if value is None:
+        return None
+    given = {"format": value} if isinstance(value, str) else value
+    _type(given, dict, "quantize", source)
+    _known(given, QUANTIZE, "quantize.", source)
+    values = {**QUANTIZE, **given}
+    _type(values["format"], str, "quantize.format", source)
+    _type(values["block_size"], int, "quantize.block_size", source)
+    _type(values["double_quant"], bool, "quantize.double_quant", source)
+    skip = values["skip"]
+    if skip is not None and not (
+        isinstance(skip, list) and all(isinstance(name, str) for name in skip)
+    ):
+        raise Error(f"[train] {source}: quantize.skip is {skip!r}, wanted a list of names")
+    return values
 
 
 def write_settings(settings: Settings, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import Error
 from .console import Output, count, duration
-from .opening import is_token_file
+from .opening import is_token_file, load_model, weights_text
 from .progress import TrainingView, evaluation_text
 from .settings import Settings, load_settings, write_settings
 
@@ -32,7 +32,8 @@ def run(
     adapter = _C.LoraConfig(**settings.adapter)
     check_inputs(settings)
 
-    model = _C.load_model(settings.model, settings.dtype)
+    model = load_model(settings.model, settings.dtype, settings.weights, settings.quantize)
+    output.say(f"base: {weights_text(model)}")
     settings.output.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokeniser(settings.tokenizer)
     train = open_rows(settings, "train", tokenizer, model, output)

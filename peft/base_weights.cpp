@@ -1,0 +1,33 @@
+#include <budwood/peft/base_weights.h>
+#include <budwood/peft/slot.h>
+#include <budwood/peft/tensor_file.h>
+#include <algorithm>
+#include <map>
+#include <set>
+
+namespace budwood {
+
+std::vector<BaseWeights> base_weights(torch::nn::Module& model) {
+  std::map<std::string, BaseWeights> forms;
+  std::set<const void*> seen;
+  const auto add = [&](const quant::Weight& w) {
+    if (!seen.insert(w.parts[0].unsafeGetTensorImpl()).second) return;
+    const auto name = w.packed() ? quant::form_of(w.format).name() : dtype_text(w.dtype());
+    auto& form = forms[name];
+    form.form = name;
+    form.matrices += 1;
+    form.weights += w.out * w.in;
+    form.bytes += w.bytes();
+  };
+  for (const auto& module : model.modules()) {
+    if (const auto* slot = dynamic_cast<LinearSlotImpl*>(module.get())) add(slot->weight());
+    if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(module.get())) add(table->weight());
+  }
+  std::vector<BaseWeights> result;
+  for (auto& [name, form] : forms) result.push_back(std::move(form));
+  std::sort(result.begin(), result.end(),
+            [](const BaseWeights& a, const BaseWeights& b) { return a.weights > b.weights; });
+  return result;
+}
+
+}  // namespace budwood

@@ -1,0 +1,96 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <budwood/peft/models/quantize_files.h>
+#include <budwood/peft/models/registry.h>
+#include <budwood/quant/error.h>
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <filesystem>
+
+namespace budwood::models {
+namespace {
+
+constexpr std::array kFolderFormats = {"nf4", "fp4", "int8", "int4"};
+constexpr std::array kMethods = {"rtn"};
+// Elements that are compared at a time.
+constexpr int64_t kPanelElements = 1 << 20;
+
+template <class Names>
+bool contains(const Names& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+void check(const QuantizeFilesOptions& options) {
+  if (!contains(kFolderFormats, options.format))
+    throw Error("quantize", fmt::format("unknown format '{}'; known: {}", options.format,
+                                        fmt::join(kFolderFormats, ", ")));
+  if (!contains(kMethods, options.method))
+    throw Error("quantize", fmt::format("unknown method '{}'; known: {}", options.method,
+                                        fmt::join(kMethods, ", ")));
+  if (std::filesystem::exists(options.out))
+    throw Error("quantize", fmt::format("'{}' exists already", options.out));
+}
+
+// ||W - Q|| / ||W||.
+double relative_error(const quant::Weight& plain, const quant::Weight& packed) {
+  double difference = 0, size = 0;
+  const int64_t step = std::max<int64_t>(1, kPanelElements / plain.in);
+  for (int64_t begin = 0; begin < plain.out; begin += step) {
+    const int64_t end = std::min(plain.out, begin + step);
+    const auto w = plain.rows(begin, end, at::kFloat);
+    difference +=
+        (packed.rows(begin, end, at::kFloat) - w).square().sum(at::kDouble).item<double>();
+    size += w.square().sum(at::kDouble).item<double>();
+  }
+  return size > 0 ? std::sqrt(difference / size) : 0;
+}
+
+void summarise(QuantizeFilesReport& report) {
+  double squares = 0;
+  for (const auto& m : report.matrices) {
+    report.weights += m.out * m.in;
+    report.bytes += m.bytes;
+    squares += m.error * m.error;
+  }
+  if (!report.matrices.empty())
+    report.error = std::sqrt(squares / static_cast<double>(report.matrices.size()));
+}
+
+QuantizeFilesReport round_to_nearest(const QuantizeFilesOptions& options) {
+  QuantizeFilesReport report;
+  LoadOptions loading{.dtype = options.dtype,
+                      .quantize = options.format,
+                      .block_size = options.block_size,
+                      .double_quant = options.double_quant,
+                      .quantize_skip = options.skip};
+  loading.on_quantized = [&](const std::string& name, const quant::Weight& plain,
+                             const quant::Weight& packed) {
+    report.matrices.push_back(
+        {name, packed.out, packed.in, packed.bytes(), relative_error(plain, packed)});
+    if (options.progress) options.progress(name);
+  };
+  auto model = load(options.model, loading);
+  if (report.matrices.empty())
+    throw Error("quantize", fmt::format("no matrix of '{}' is left to quantise; skipped are names "
+                                        "with: {}",
+                                        options.model, fmt::join(options.skip, ", ")));
+  save(*model, options.out,
+       {.weights = "packed",
+        .max_shard_size = options.max_shard_size,
+        .tokenizer_from = options.model});
+  return report;
+}
+
+}  // namespace
+
+QuantizeFilesReport quantize_files(const QuantizeFilesOptions& options) {
+  check(options);
+  auto report = round_to_nearest(options);
+  summarise(report);
+  return report;
+}
+
+}  // namespace budwood::models

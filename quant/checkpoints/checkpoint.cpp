@@ -1,0 +1,66 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <budwood/quant/checkpoints/checkpoint.h>
+#include <budwood/quant/error.h>
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+namespace budwood::quant {
+namespace {
+
+std::map<std::string, CheckpointFactory>& factories() {
+  static std::map<std::string, CheckpointFactory> table;
+  return table;
+}
+
+}  // namespace
+
+bool register_checkpoint(const std::string& quant_method, CheckpointFactory factory) {
+  return factories().emplace(quant_method, std::move(factory)).second;
+}
+
+std::unique_ptr<Checkpoint> open_checkpoint(const std::string& quantization_config) {
+  std::vector<std::string> known;
+  for (const auto& [name, factory] : factories()) known.push_back(name);
+  std::string method;
+  try {
+    const auto json = nlohmann::json::parse(quantization_config);
+    method = json.at("quant_method").get<std::string>();
+  } catch (const nlohmann::json::exception&) {
+    throw Error("load", fmt::format("quantization_config has no quant_method; known: {}",
+                                    fmt::join(known, ", ")));
+  }
+  const auto it = factories().find(method);
+  if (it == factories().end())
+    throw Error("load", fmt::format("the folder is quantised with quant_method '{}', which is not "
+                                    "supported; supported: {}",
+                                    method, fmt::join(known, ", ")));
+  return it->second(quantization_config);
+}
+
+at::Tensor take_part(const StoredParts& parts, const std::string& name, at::ScalarType type,
+                     int64_t count) {
+  const auto it = parts.find(name);
+  if (it == parts.end()) {
+    std::vector<std::string> names;
+    for (const auto& [found, tensor] : parts) names.push_back(found);
+    throw Error("load", fmt::format("'{}' is missing; found: {}", name, fmt::join(names, ", ")));
+  }
+  const auto& part = it->second;
+  if (part.scalar_type() != type || part.numel() != count)
+    throw Error("load",
+                fmt::format("'{}' holds {} elements of {}, wanted {} of {}", name, part.numel(),
+                            c10::toString(part.scalar_type()), count, c10::toString(type)));
+  return part.contiguous();
+}
+
+void refuse_other_parts(const StoredParts& parts, const std::vector<std::string>& known) {
+  for (const auto& [name, tensor] : parts)
+    if (std::find(known.begin(), known.end(), name) == known.end())
+      throw Error("load", fmt::format("'{}' does not belong to a packed layer; known: {}", name,
+                                      fmt::join(known, ", ")));
+}
+
+}  // namespace budwood::quant
