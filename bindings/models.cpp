@@ -156,7 +156,7 @@ void bind_models(py::module_& m) {
          const std::string& method, int64_t block_size, bool double_quant, bool act_order,
          bool static_groups, std::optional<std::vector<std::string>> skip, const std::string& dtype,
          const std::string& calibration, int64_t calibration_tokens, int64_t sequence_length,
-         int64_t max_shard_size, const py::object& progress) {
+         int64_t max_shard_size, bool overwrite, const py::object& progress) {
         QuantizeFilesOptions options{.model = model,
                                      .out = out,
                                      .format = format,
@@ -170,6 +170,7 @@ void bind_models(py::module_& m) {
                                      .calibration_tokens = calibration_tokens,
                                      .sequence_length = sequence_length,
                                      .max_shard_size = max_shard_size,
+                                     .overwrite = overwrite,
                                      .progress = {}};
         if (skip) options.skip = *skip;
         options.progress = [&progress](const std::string& name) {
@@ -189,7 +190,7 @@ void bind_models(py::module_& m) {
       py::arg("static_groups") = true, py::arg("skip") = py::none(), py::arg("dtype") = "auto",
       py::arg("calibration") = "", py::arg("calibration_tokens") = 8192,
       py::arg("sequence_length") = 512, py::arg("max_shard_size") = 5'000'000'000,
-      py::arg("progress") = py::none(),
+      py::arg("overwrite") = false, py::arg("progress") = py::none(),
       "Quantises a model on disk; what the command line's quantize does. Returns its figures.");
   m.def("read_config", [](const std::string& path) {
     return py::module_::import("json").attr("loads")(read_config(path).to_json("float32"));
@@ -197,12 +198,14 @@ void bind_models(py::module_& m) {
   m.def(
       "save_model",
       [](CausalLM& model, const std::string& folder, const std::string& dtype,
-         const std::string& tokenizer_from, int64_t max_shard_size, const std::string& weights) {
-        save(model, folder, {dtype, weights, max_shard_size, tokenizer_from});
+         const std::string& tokenizer_from, int64_t max_shard_size, const std::string& weights,
+         bool overwrite) {
+        save(model, folder, {dtype, weights, max_shard_size, overwrite, tokenizer_from});
       },
       py::arg("model"), py::arg("folder"), py::arg("dtype") = "auto",
       py::arg("tokenizer_from") = "", py::arg("max_shard_size") = 5'000'000'000,
-      py::arg("weights") = "dense", py::call_guard<py::gil_scoped_release>(),
+      py::arg("weights") = "dense", py::arg("overwrite") = false,
+      py::call_guard<py::gil_scoped_release>(),
       "The model as a Hugging Face folder that transformers opens.\n\n"
       "weights: 'dense' decodes packed weights, 'packed' saves them as they are.");
   m.def("generate", &run_generate, py::arg("model"), py::arg("ids"),

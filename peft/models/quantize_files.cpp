@@ -15,8 +15,9 @@ namespace {
 
 constexpr std::array kFolderFormats = {"nf4", "fp4", "int8", "int4"};
 constexpr std::array kMethods = {"rtn"};
-// Elements that are compared at a time.
-constexpr int64_t kPanelElements = 1 << 20;
+// Elements that are compared at a time. Small: freed pieces lie between packed matrices, which stay,
+// and large ones would leave holes in the heap that nothing fills.
+constexpr int64_t kPanelElements = 1 << 14;
 
 template <class Names>
 bool contains(const Names& names, const std::string& name) {
@@ -30,7 +31,7 @@ void check(const QuantizeFilesOptions& options) {
   if (!contains(kMethods, options.method))
     throw Error("quantize", fmt::format("unknown method '{}'; known: {}", options.method,
                                         fmt::join(kMethods, ", ")));
-  if (std::filesystem::exists(options.out))
+  if (!options.overwrite && std::filesystem::exists(options.out))
     throw Error("quantize", fmt::format("'{}' exists already", options.out));
 }
 
@@ -80,6 +81,7 @@ QuantizeFilesReport round_to_nearest(const QuantizeFilesOptions& options) {
   save(*model, options.out,
        {.weights = "packed",
         .max_shard_size = options.max_shard_size,
+        .overwrite = options.overwrite,
         .tokenizer_from = options.model});
   return report;
 }

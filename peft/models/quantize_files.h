@@ -9,7 +9,7 @@ namespace budwood::models {
 
 struct QuantizeFilesOptions {
   std::string model;  ///< Hugging Face folder or GGUF file
-  std::string out;    ///< folder, or for the formats of GGUF a file; must not exist
+  std::string out;    ///< folder, or for the formats of GGUF a file
   /// "nf4", "fp4", "int8": a folder in bitsandbytes' layout. "int4", and "int8" with a method that
   /// calibrates: a folder in Budwood's own. "q4_0", "q4_1", "q8_0", "f16", "bf16", "f32": a GGUF.
   std::string format = "nf4";
@@ -27,6 +27,7 @@ struct QuantizeFilesOptions {
   int64_t calibration_tokens = 8192;  ///< read from its beginning
   int64_t sequence_length = 512;      ///< longest calibration sequence
   int64_t max_shard_size = 5'000'000'000;
+  bool overwrite = false;  ///< what stands at `out` is exchanged when the new model is whole
   /// Called with the name of each matrix when it is done.
   std::function<void(const std::string& name)> progress;
 };

@@ -21,13 +21,13 @@ struct LoadOptions {
   std::string weights = "auto";
   /// Quantises each matrix while loading, tensor by tensor: "nf4", "fp4", "int8", "int4",
   /// "affine8"; empty = not. What the rest of the name does not say stands in quant/quantize.h.
-  std::string quantize;
+  std::string quantize = "";
   int64_t block_size = 64;
   bool double_quant = false;
   /// Matrices whose names contain one of these are left as they are.
   std::vector<std::string> quantize_skip = {"lm_head", "embed"};
   /// Sees each matrix that is quantised.
-  QuantizeObserver on_quantized;
+  QuantizeObserver on_quantized = {};
 };
 
 /// A model from a Hugging Face folder (config.json, safetensors, sharded or not) or a GGUF file. A
@@ -44,6 +44,7 @@ struct SaveOptions {
   /// in bitsandbytes' layout, which transformers opens, and other integers in Budwood's own.
   std::string weights = "dense";
   int64_t max_shard_size = 5'000'000'000;  ///< bytes of one file
+  bool overwrite = false;                  ///< a folder that stands there is exchanged as a whole
   /// Folder or GGUF file the model came from: tokeniser files are carried over (or written from the
   /// GGUF's metadata). Empty = none.
   std::string tokenizer_from;

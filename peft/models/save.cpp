@@ -175,7 +175,7 @@ void save(CausalLM& model, const std::string& folder, const SaveOptions& options
   const auto contents = contents_of(model, packed);
   auto config = model.config();
   config.tie_word_embeddings = head_is_tied(model);
-  io::AtomicFolder out(folder, io::Existing::refuse);
+  io::AtomicFolder out(folder, options.overwrite ? io::Existing::replace : io::Existing::refuse);
   const auto dtype = options.dtype == "auto" ? dtype_text(model.dtype()) : options.dtype;
   io::write_file(out.path() / "config.json", config.to_json(dtype, contents.quantization));
   write_weights(contents.tensors, out.path(), options);

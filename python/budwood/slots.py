@@ -169,14 +169,14 @@ class LinearSlot(Slot):
         plain = not args and not kwargs and is_called_plainly(self.base_layer)
         if len(running) == 1 and plain and self._is_one_product(running[0]):
             return self._forward_fused(x, running[0])
-        dtype = x.dtype
         if plain:
             parts, form, shape = weight_parts(self.base_layer)
             inner = x.to(compute_dtype(self.base_layer, x))
-            y = torch.ops.budwood.linear(inner, parts, form, shape, self.base_layer.bias).to(dtype)
+            y = torch.ops.budwood.linear(inner, parts, form, shape, self.base_layer.bias)
+            y = y if inner is x else y.to(x.dtype)
         else:
             y = self.base_layer(x, *args, **kwargs)
-            dtype = y.dtype
+        dtype = y.dtype
         for name in running:
             a, b = self.lora_A[name], self.lora_B[name]
             u = a(self.lora_dropout[name](x.to(a.weight.dtype)))
@@ -198,7 +198,7 @@ class LinearSlot(Slot):
         y = torch.ops.budwood.lora_linear(
             inner, parts, form, shape, bias, a.weight, b.weight, scaling
         )
-        return y.to(x.dtype)
+        return y if inner is x else y.to(x.dtype)
 
     @torch.no_grad()
     def delta(self, name: str) -> torch.Tensor:

@@ -155,7 +155,7 @@ def is_called_plainly(layer: nn.Module) -> bool:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) numbers of a model: shared ones once, a packed matrix as what it stands for."""
+    """(trainable, all) numbers of a model, shared ones once, codes as what they stand for."""
     seen: set[int] = set()
     trainable = total = 0
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Folders of bitsandbytes' quantised models, both ways, with bitsandbytes and transformers as judges.
+"""Folders of bitsandbytes' models, both ways, with bitsandbytes and transformers as judges.
 
 Row lengths are multiples of the block size where bitsandbytes itself dequantises: its CPU path is
 known to be wrong elsewhere.
@@ -283,7 +283,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(plain, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors[UP + "weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(budwood.Error, match="up_proj.weight.*row 3, column 5"):
+    with pytest.raises(budwood.Error, match=r"up_proj.weight.*row 3, column 5"):
         _C.quantize_files(str(folder), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -175,7 +175,7 @@ def test_missing_folder_is_named(tmp_path):
 
 
 def test_smollm2_from_its_gguf_equals_transformers(smollm2_gguf, tmp_path):
-    model = _C.load_model(str(smollm2_gguf))
+    model = _C.load_model(str(smollm2_gguf), weights="dense")
     _C.save_model(model, str(tmp_path / "folder"), tokenizer_from=str(smollm2_gguf))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
     ids = tokenizer("KING. What news from the north, my lord?", return_tensors="pt").input_ids

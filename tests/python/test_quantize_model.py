@@ -41,9 +41,9 @@ def dequantised(model):
 def fill(model):
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(0.1 * torch.randn(parameter.shape)), name
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -96,7 +96,6 @@ def test_training_leaves_the_codes_as_they_were():
 @pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
 def test_merging_gives_a_plain_layer_and_unmerging_the_codes(format):
     model = budwood.quantize_model(make_tiny("llama"), format)
-    bytes_before = {name: t.clone() for name, t in model.state_dict().items()}
     model = budwood.get_peft_model(model, budwood.LoraConfig(**CONFIG))
     fill(model)
     with torch.no_grad():
@@ -109,7 +108,6 @@ def test_merging_gives_a_plain_layer_and_unmerging_the_codes(format):
         assert relative(merged(IDS).logits, wanted) < 1e-5
     assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
     assert getattr(merged.config, "quantization_config", None) is None
-    assert bytes_before
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -160,7 +158,7 @@ def test_what_save_pretrained_writes_opens_in_bitsandbytes_and_in_cpp(format, tm
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-        )  # fmt: skip
+        )
     )
     model = budwood.quantize_model(model, format).eval()
     model.save_pretrained(tmp_path / "saved")
@@ -178,9 +176,13 @@ def test_adapters_train_on_a_model_that_transformers_quantised(double, tmp_path)
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
 
     def load():
@@ -356,7 +358,7 @@ for format, double in (("nf4", False), ("nf4", True), ("int4", False), ("int8", 
     if kind == "ddp":
         model = DistributedDataParallel(model)
     else:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if half else MixedPrecisionPolicy()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None)
         for layer in (model[0], model[2], model):
             fully_shard(layer, mp_policy=policy)
     model(x[rank]).float().square().sum().backward()

@@ -258,6 +258,103 @@ def merge(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    out: Annotated[
+        Path, Option("--out", "-o", metavar="PATH", help="Folder, or GGUF file, to write.")
+    ],
+    format: Annotated[
+        str,
+        Option(
+            "--format",
+            "-f",
+            metavar="FORM",
+            help="nf4, fp4, int8, int4; or for a GGUF file q4_0, q4_1, q8_0, f16, bf16, f32.",
+        ),
+    ] = "nf4",
+    method: Annotated[
+        str,
+        Option(
+            metavar="METHOD",
+            help="rtn rounds to nearest; for int4 and int8 also hqq, gptq and awq.",
+        ),
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Text, JSON lines or token file, for gptq and awq."),
+    ] = None,
+    block_size: Annotated[
+        int, Option(metavar="N", min=1, help="Numbers of a row that share a scale.")
+    ] = 64,
+    double_quant: Annotated[
+        bool, Option("--double-quant", help="nf4 and fp4: pack the scales too.")
+    ] = False,
+    act_order: Annotated[
+        bool, Option(help="gptq: begin with the columns of large activations.")
+    ] = True,
+    static_groups: Annotated[
+        bool, Option(help="gptq: groups are runs of neighbouring columns also with --act-order.")
+    ] = True,
+    calibration_tokens: Annotated[
+        int, Option(metavar="N", min=1, help="So many tokens of the calibration text are used.")
+    ] = 8192,
+    sequence_length: Annotated[
+        int, Option(metavar="N", min=1, help="Longest calibration sequence.")
+    ] = 512,
+    skip: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME",
+            help="Leave matrices with this in their names plain; may be given again.",
+            show_default="lm_head, embed",
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    max_shard_size: Annotated[
+        str, Option(metavar="SIZE", help="Largest file, as 5GB or 500MB.")
+    ] = "5GB",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the output.")] = False,
+    json: Json = False,
+) -> None:
+    """Pack a model's weights in 4 or 8 bits and save it.
+
+    nf4, fp4 and int8 give a folder in bitsandbytes' layout, which transformers opens; int4, and
+    int8 with hqq, gptq or awq, one in Budwood's own; q4_0, q4_1, q8_0, f16, bf16 and f32 a GGUF
+    file for llama.cpp and its relatives. Memory holds what is packed already and one matrix.
+
+    \b
+    For example:
+      budwood quantize -m MODEL -f nf4 --double-quant -o MODEL-nf4
+      budwood quantize -m MODEL -f int4 --method gptq --calibration text.txt -o MODEL-int4
+    """
+    from . import quantize as verb
+    from .merge import parse_size
+
+    verb.run(
+        model=model,
+        out=out,
+        format=format,
+        method=method,
+        calibration=calibration,
+        options={
+            "block_size": block_size,
+            "double_quant": double_quant,
+            "act_order": act_order,
+            "static_groups": static_groups,
+            "calibration_tokens": calibration_tokens,
+            "sequence_length": sequence_length,
+            "skip": skip or None,
+            "dtype": dtype,
+            "max_shard_size": parse_size("quantize", max_shard_size),
+        },
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
 def inspect(
     path: Annotated[str, Argument(metavar="PATH", help="Adapter, model, safetensors or GGUF.")],
     tensors: Annotated[bool, Option("--tensors", help="List every tensor.")] = False,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
 from ..errors import Error
 from .console import Output, size
 from .opening import adapter_names, open_model
+from .replacing import check_replaceable
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -26,24 +26,13 @@ def run(
     from .. import _C
 
     output = Output(as_json)
-    shard = parse_size(max_shard_size)
+    shard = parse_size("merge", max_shard_size)
     if out.exists():
-        if not overwrite:
-            raise Error(f"[merge] {out} exists; choose another folder or give --overwrite")
-        for source in (model, *adapters):
-            if (
-                out.resolve() == Path(source).resolve()
-                or out.resolve() in Path(source).resolve().parents
-            ):
-                raise Error(f"[merge] {out} holds {source}, which is read; choose another folder")
-        if not out.is_dir() or not (out / "config.json").exists():
-            raise Error(f"[merge] {out} is no model folder, so it is not replaced")
+        check_replaceable("merge", out, [model, *adapters], overwrite, "a model folder")
     begin = time.perf_counter()
     merged = open_model(model, dtype, adapters)
     _C.merge(merged, adapter_names(adapters))
-    if out.exists():
-        shutil.rmtree(out)
-    _C.save_model(merged, str(out), dtype, model, shard)
+    _C.save_model(merged, str(out), dtype, model, shard, overwrite=overwrite)
     files = sorted(f for f in out.iterdir() if f.is_file())
     total = sum(f.stat().st_size for f in files)
     seconds = time.perf_counter() - begin
@@ -69,7 +58,7 @@ def run(
     )
 
 
-def parse_size(text: str) -> int:
+def parse_size(verb: str, text: str) -> int:
     """'5GB' -> 5000000000."""
     upper = text.strip().upper()
     number, factor = upper, 1.0
@@ -81,5 +70,5 @@ def parse_size(text: str) -> int:
     except ValueError:
         result = 0
     if result <= 0:
-        raise Error(f"[merge] --max-shard-size is {text!r}, wanted a size such as 5GB or 500MB")
+        raise Error(f"[{verb}] --max-shard-size is {text!r}, wanted a size such as 5GB or 500MB")
     return result
