@@ -6,6 +6,7 @@
 #include <budwood/peft/models/generate.h>
 #include <budwood/peft/models/quantize_files.h>
 #include <budwood/peft/models/registry.h>
+#include <budwood/peft/models/save_gguf.h>
 #include <budwood/peft/tensor_file.h>
 
 namespace py = pybind11;
@@ -63,6 +64,16 @@ py::dict quantize_report(const QuantizeFilesReport& report) {
   result["error"] = report.error;
   result["warnings"] = report.warnings;
   return result;
+}
+
+py::dict report_dict(const SaveGgufReport& report) {
+  py::list tensors;
+  for (const auto& t : report.tensors)
+    tensors.append(py::dict(py::arg("name") = t.name, py::arg("type") = t.type,
+                            py::arg("shape") = t.shape, py::arg("bytes") = t.bytes,
+                            py::arg("copied") = t.copied));
+  return py::dict(py::arg("tensors") = tensors, py::arg("types") = report.types(),
+                  py::arg("warnings") = report.warnings);
 }
 
 }  // namespace
@@ -208,6 +219,26 @@ void bind_models(py::module_& m) {
       py::call_guard<py::gil_scoped_release>(),
       "The model as a Hugging Face folder that transformers opens.\n\n"
       "weights: 'dense' decodes packed weights, 'packed' saves them as they are.");
+  m.def(
+      "save_gguf",
+      [](CausalLM& model, const std::string& path, const std::string& type,
+         const std::string& embedding_type, const std::string& tokenizer_from,
+         const std::string& name) {
+        SaveGgufReport report;
+        {
+          py::gil_scoped_release released;
+          report = save_gguf(model, path, {type, embedding_type, tokenizer_from, name});
+        }
+        return report_dict(report);
+      },
+      py::arg("model"), py::arg("path"), py::arg("type") = SaveGgufOptions{}.type,
+      py::arg("embedding_type") = "", py::arg("tokenizer_from") = "", py::arg("name") = "",
+      "The model as a GGUF file that llama.cpp runs.\n\n"
+      "type: 'f32', 'f16', 'bf16', 'q8_0', 'q4_1' or 'q4_0', of all matrices but the token table\n"
+      "and the head, which have embedding_type (default: q8_0 beside 4-bit types, else type).\n"
+      "tokenizer_from: a Hugging Face folder or GGUF file; empty writes no tokeniser.\n"
+      "Returns {'tensors': [{name, type, shape, bytes, copied}], 'types': {type: count},\n"
+      "'warnings': [text]}.");
   m.def("generate", &run_generate, py::arg("model"), py::arg("ids"),
         py::arg("max_new_tokens") = 128, py::arg("temperature") = 0.0, py::arg("top_k") = 0,
         py::arg("top_p") = 1.0, py::arg("repetition_penalty") = 1.0, py::arg("seed") = 0,

@@ -16,10 +16,10 @@ class Gguf final : public PackedForm {
 
   void check(const Weight& w) const override {
     check_parts(w, 1, 1);
-    if (w.in % block_elements(type_) != 0)
+    if (w.in % kernels::ggml_type_traits(type_).block != 0)
       throw Error("weight",
                   fmt::format("a {} weight has rows of whole blocks of {}, found [{}, {}]", name(),
-                              block_elements(type_), w.out, w.in));
+                              kernels::ggml_type_traits(type_).block, w.out, w.in));
     check_part(w, 0, "blocks", at::kByte, w.out * row_bytes(type_, w.in));
   }
 

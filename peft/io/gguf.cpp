@@ -194,6 +194,14 @@ GgufTensor read_tensor_info(Cursor& in, uint64_t number) {
 
 }  // namespace
 
+void require_decodable(GgmlType type, std::string_view tensor, std::string_view path) {
+  const auto& traits = ggml_type_traits(type);
+  if (!traits.decodable)
+    throw Error("gguf", fmt::format("{}: tensor {} is of type {}; supported are {}", path,
+                                    in_quotes(tensor), traits.name,
+                                    quant::kernels::decodable_ggml_types()));
+}
+
 GgufFile GgufFile::open(const std::filesystem::path& path) {
   return parse(MappedFile::open(path));
 }

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <budwood/peft/io/file.h>
-#include <budwood/peft/io/ggml_type.h>
+#include <budwood/quant/kernels/ggml_type.h>
 
 #include <cstddef>
 #include <filesystem>
@@ -17,6 +17,9 @@
 /// GGUF, versions 2 and 3 (little-endian): metadata, tensor infos, tensor data.
 /// https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 namespace budwood::io {
+
+using quant::kernels::ggml_type_traits;
+using quant::kernels::GgmlType;
 
 /// The place of an alternative is the type's number in the file; arrays hold no arrays.
 using GgufArray =
@@ -41,6 +44,9 @@ struct GgufTensor {
   const std::byte* data = nullptr;
   std::shared_ptr<MappedFile> file;
 };
+
+/// Throws when Budwood cannot decode the type; `tensor` and `path` are named in the error.
+void require_decodable(GgmlType type, std::string_view tensor, std::string_view path);
 
 /// An open file whose structure has been checked in full; throws Error for everything llama.cpp
 /// refuses, and for split files. Tensors of types that Budwood cannot decode are listed too: see

@@ -1,5 +1,6 @@
 #include <budwood/peft/io/gguf_tokenizer.h>
 #include <budwood/peft/io/text.h>
+#include <budwood/peft/io/tokenizer_tables.h>
 #include <budwood/quant/error.h>
 #include <fmt/format.h>
 
@@ -13,70 +14,11 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// tokenizer.ggml.token_type
-constexpr int64_t kUnknown = 2, kControl = 3, kUserDefined = 4;
-
-// Regular expressions of the models' own tokenizer.json files, in the dialect of the Hugging Face
-// tokenizers library.
-constexpr const char* kLlama3Split =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|)"
-    R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kQwen2Split =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|)"
-    R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-// llama.cpp's rule for files that say "default": four splits, one after another.
-constexpr const char* kDefaultSplits[] = {
-    R"([\p{P}\$\+<=>\^~\|]+)",
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)",
-    R"(\p{N}+)",
-    R"([0-9][0-9][0-9])",
-};
-
-enum class PreKind { gpt2, digits_gpt2, llama3, qwen2, fallback };
-
-// "smollm" and "starcoder" split off every digit before GPT-2's rule, although transformers' own
-// conversion of GGUF files applies GPT-2's rule alone to them.
-constexpr std::pair<std::string_view, PreKind> kPreTokenizers[] = {
-    {"smollm", PreKind::digits_gpt2}, {"starcoder", PreKind::digits_gpt2},
-    {"gpt-2", PreKind::gpt2},         {"llama-bpe", PreKind::llama3},
-    {"llama3", PreKind::llama3},      {"llama-v3", PreKind::llama3},
-    {"qwen2", PreKind::qwen2},        {"default", PreKind::fallback},
-};
-
-Json byte_level(bool add_prefix_space, bool use_regex) {
+Json byte_level_around(bool trim_offsets) {
   return {{"type", "ByteLevel"},
-          {"add_prefix_space", add_prefix_space},
-          {"trim_offsets", true},
-          {"use_regex", use_regex}};
-}
-
-Json split(const char* regex) {
-  return {{"type", "Split"},
-          {"pattern", {{"Regex", regex}}},
-          {"behavior", "Isolated"},
-          {"invert", false}};
-}
-
-Json pre_tokenizer(PreKind kind, bool prefix_space) {
-  Json steps = Json::array();
-  switch (kind) {
-    case PreKind::gpt2:
-      return byte_level(prefix_space, true);
-    case PreKind::digits_gpt2:
-      steps.push_back({{"type", "Digits"}, {"individual_digits", true}});
-      steps.push_back(byte_level(prefix_space, true));
-      break;
-    case PreKind::llama3:
-    case PreKind::qwen2:
-      steps.push_back(split(kind == PreKind::llama3 ? kLlama3Split : kQwen2Split));
-      steps.push_back(byte_level(prefix_space, false));
-      break;
-    case PreKind::fallback:
-      for (const char* regex : kDefaultSplits) steps.push_back(split(regex));
-      steps.push_back(byte_level(prefix_space, false));
-      break;
-  }
-  return {{"type", "Sequence"}, {"pretokenizers", steps}};
+          {"add_prefix_space", true},
+          {"trim_offsets", trim_offsets},
+          {"use_regex", true}};
 }
 
 /// The tokeniser's metadata, checked.
@@ -96,7 +38,7 @@ class Source {
       refuse(
           "no key 'tokenizer.ggml.pre', so how text is to be split is not known; convert the "
           "model again with a current llama.cpp");
-    pre = pre_kind(file.get_string("tokenizer.ggml.pre"));
+    pre = checked_pre(file.get_string("tokenizer.ggml.pre"));
     merges = &file.get_strings("tokenizer.ggml.merges");
     index_tokens();
     if (file.has("tokenizer.ggml.token_type"))
@@ -105,7 +47,7 @@ class Source {
       refuse(fmt::format("{} token types for {} tokens", types.size(), tokens.size()));
     bos = special("bos_token_id");
     eos = special("eos_token_id");
-    add_bos = file.get_bool("tokenizer.ggml.add_bos_token", pre == PreKind::llama3 && bos);
+    add_bos = file.get_bool("tokenizer.ggml.add_bos_token", pre == PreTokenizer::llama3 && bos);
     add_eos = file.get_bool("tokenizer.ggml.add_eos_token", false);
     if (add_bos && !bos) refuse("BOS is to be added, but no key 'tokenizer.ggml.bos_token_id'");
     if (add_eos && !eos) refuse("EOS is to be added, but no key 'tokenizer.ggml.eos_token_id'");
@@ -132,14 +74,13 @@ class Source {
   const std::vector<std::string>& tokens;
   const std::vector<std::string>* merges = nullptr;
   std::vector<int64_t> types;
-  PreKind pre = PreKind::gpt2;
+  PreTokenizer pre = PreTokenizer::gpt2;
   std::optional<uint32_t> bos, eos;
   bool add_bos = false, add_eos = false;
 
  private:
-  PreKind pre_kind(const std::string& name) const {
-    for (const auto& [known, kind] : kPreTokenizers)
-      if (known == name) return kind;
+  PreTokenizer checked_pre(const std::string& name) const {
+    if (const auto known = pre_tokenizer_of(name)) return *known;
     refuse(
         fmt::format("the pre-tokeniser {} (tokenizer.ggml.pre); supported are {}. Take the "
                     "tokeniser files of the original model instead",
@@ -210,11 +151,7 @@ Json added_tokens(const Source& source) {
 
 // What is put around a text, or around a pair of texts.
 Json post_processor(const Source& source) {
-  if (!source.add_bos && !source.add_eos)
-    return {{"type", "ByteLevel"},
-            {"add_prefix_space", true},
-            {"trim_offsets", false},
-            {"use_regex", true}};
+  if (!source.add_bos && !source.add_eos) return byte_level_around(false);
   Json single = Json::array(), pair = Json::array(), specials = Json::object();
   const auto special = [&](Json& list, uint32_t id, int type_id) {
     const std::string& token = source.tokens[id];
@@ -237,16 +174,15 @@ Json post_processor(const Source& source) {
 
 std::string tokenizer_json(const Source& source) {
   const bool prefix_space = source.file.get_bool("tokenizer.ggml.add_space_prefix", false);
-  const Json normalizer = source.pre == PreKind::qwen2 ? Json{{"type", "NFC"}} : Json(nullptr);
   // The model comes last, so that its two long parts can be appended as text.
   Json head = {{"version", "1.0"},
                {"truncation", nullptr},
                {"padding", nullptr},
                {"added_tokens", added_tokens(source)},
-               {"normalizer", normalizer},
-               {"pre_tokenizer", pre_tokenizer(source.pre, prefix_space)},
+               {"normalizer", normalizer_json(source.pre)},
+               {"pre_tokenizer", pre_tokenizer_json(source.pre, prefix_space)},
                {"post_processor", post_processor(source)},
-               {"decoder", byte_level(true, true)}};
+               {"decoder", byte_level_around(true)}};
   Json model = {{"type", "BPE"},
                 {"dropout", nullptr},
                 {"unk_token", nullptr},
@@ -254,7 +190,7 @@ std::string tokenizer_json(const Source& source) {
                 {"end_of_word_suffix", nullptr},
                 {"fuse_unk", false},
                 {"byte_fallback", false},
-                {"ignore_merges", source.pre == PreKind::llama3}};
+                {"ignore_merges", ignores_merges(source.pre)}};
   std::string out = head.dump();
   out.back() = ',';
   out += "\"model\":" + model.dump();
@@ -264,13 +200,8 @@ std::string tokenizer_json(const Source& source) {
 }
 
 Json special_tokens(const Source& source) {
-  constexpr std::pair<const char*, const char*> kNames[] = {
-      {"bos_token", "bos_token_id"},     {"eos_token", "eos_token_id"},
-      {"unk_token", "unknown_token_id"}, {"sep_token", "seperator_token_id"},
-      {"pad_token", "padding_token_id"}, {"cls_token", "cls_token_id"},
-      {"mask_token", "mask_token_id"}};
   Json map = Json::object();
-  for (const auto& [name, key] : kNames)
+  for (const auto& [name, key] : kSpecialTokens)
     if (const auto id = source.special(key)) map[name] = source.tokens[*id];
   return map;
 }
@@ -325,12 +256,6 @@ Json generation_config(const Source& source) {
 }
 
 }  // namespace
-
-std::vector<std::string> gguf_pre_tokenizers() {
-  std::vector<std::string> names;
-  for (const auto& [name, kind] : kPreTokenizers) names.emplace_back(name);
-  return names;
-}
 
 std::map<std::string, std::string> tokenizer_files(const GgufFile& file) {
   const Source source(file);

@@ -7,7 +7,8 @@
 #include <string>
 #include <vector>
 
-/// The tokeniser that a GGUF file carries in its metadata, as the files Hugging Face loads.
+/// The tokeniser that a GGUF file carries in its metadata, to and from the files Hugging Face
+/// loads.
 namespace budwood::io {
 
 /// File name -> content: tokenizer.json, tokenizer_config.json (with the chat template),
@@ -24,5 +25,18 @@ void write_tokenizer(const GgufFile& file, const std::filesystem::path& folder);
 
 /// Supported values of tokenizer.ggml.pre.
 std::vector<std::string> gguf_pre_tokenizers();
+
+struct TokenizerMetadata {
+  GgufMetadata keys;                  ///< "tokenizer.*"
+  std::vector<std::string> warnings;  ///< what a GGUF file cannot say of this tokeniser
+};
+
+/// A tokeniser as keys of a GGUF file, for a model whose token table has `vocabulary` rows. `from`:
+///   a GGUF file   its keys as they are, of any kind of tokeniser;
+///   a folder      byte-level BPE from tokenizer.json, tokenizer_config.json and the chat template.
+///                 Any other kind is an Error that says what was found;
+///   empty         tokenizer.ggml.model "no_vocab".
+/// Rows without a token get placeholders "[PAD<id>]"; a token without a row is an Error.
+TokenizerMetadata tokenizer_metadata(const std::filesystem::path& from, int64_t vocabulary);
 
 }  // namespace budwood::io

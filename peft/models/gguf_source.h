@@ -31,11 +31,8 @@ class GgufSource final : public WeightSource {
   io::GgufFile file_;
   ModelConfig config_;
   at::ScalarType dtype_;
-  bool packed_;
+  bool packed_, permuted_;
   std::set<std::string> used_;
 };
-
-/// "model.layers.3.mlp.up_proj.weight" -> "blk.3.ffn_up.weight"; throws for a name GGUF has not.
-std::string gguf_name(const std::string& name);
 
 }  // namespace budwood::models

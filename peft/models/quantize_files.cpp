@@ -2,8 +2,11 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <budwood/peft/models/gguf_source.h>
 #include <budwood/peft/models/quantize_files.h>
 #include <budwood/peft/models/registry.h>
+#include <budwood/peft/models/save_gguf.h>
+#include <budwood/peft/models/stored_tensors.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
 #include <array>
@@ -13,10 +16,12 @@
 namespace budwood::models {
 namespace {
 
-constexpr std::array kFolderFormats = {"nf4", "fp4", "int8", "int4"};
+constexpr std::array kFormats = {"nf4",  "fp4",  "int8", "int4", "q4_0",
+                                 "q4_1", "q8_0", "f16",  "bf16", "f32"};
+constexpr std::array kGgufFormats = {"q4_0", "q4_1", "q8_0", "f16", "bf16", "f32"};
 constexpr std::array kMethods = {"rtn"};
-// Elements that are compared at a time. Small: freed pieces lie between packed matrices, which stay,
-// and large ones would leave holes in the heap that nothing fills.
+// Elements that are compared at a time. Small: freed pieces lie between packed matrices, which
+// stay, and large ones would leave holes in the heap that nothing fills.
 constexpr int64_t kPanelElements = 1 << 14;
 
 template <class Names>
@@ -25,9 +30,9 @@ bool contains(const Names& names, const std::string& name) {
 }
 
 void check(const QuantizeFilesOptions& options) {
-  if (!contains(kFolderFormats, options.format))
+  if (!contains(kFormats, options.format))
     throw Error("quantize", fmt::format("unknown format '{}'; known: {}", options.format,
-                                        fmt::join(kFolderFormats, ", ")));
+                                        fmt::join(kFormats, ", ")));
   if (!contains(kMethods, options.method))
     throw Error("quantize", fmt::format("unknown method '{}'; known: {}", options.method,
                                         fmt::join(kMethods, ", ")));
@@ -86,11 +91,30 @@ QuantizeFilesReport round_to_nearest(const QuantizeFilesOptions& options) {
   return report;
 }
 
+QuantizeFilesReport write_gguf(const QuantizeFilesOptions& options) {
+  QuantizeFilesReport report;
+  auto model = load(options.model, {.dtype = options.dtype});
+  const auto saved =
+      save_gguf(*model, options.out, {.type = options.format, .tokenizer_from = options.model});
+  report.warnings = saved.warnings;
+  // What was written is read back, and every matrix compared.
+  GgufSource written(options.out, at::kFloat, /*packed=*/true);
+  for (const auto& [name, tensor] : stored_tensors(*model, "quantize")) {
+    if (!tensor.projection) continue;
+    const auto packed = written.matrix(name, tensor.matrix->out, tensor.matrix->in);
+    report.matrices.push_back(
+        {name, packed.out, packed.in, packed.bytes(), relative_error(*tensor.matrix, packed)});
+    if (options.progress) options.progress(name);
+  }
+  return report;
+}
+
 }  // namespace
 
 QuantizeFilesReport quantize_files(const QuantizeFilesOptions& options) {
   check(options);
-  auto report = round_to_nearest(options);
+  auto report =
+      contains(kGgufFormats, options.format) ? write_gguf(options) : round_to_nearest(options);
   summarise(report);
   return report;
 }

@@ -18,6 +18,8 @@ class RotaryTable {
   Angles at(const at::Tensor& positions) const;
 
   const at::Tensor& inverse_frequencies() const { return inverse_frequencies_; }
+  /// What YaRN multiplies cos and sin by; 1 otherwise.
+  double attention_factor() const { return attention_factor_; }
 
  private:
   at::Tensor inverse_frequencies_;  // [head_dim / 2]

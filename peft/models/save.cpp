@@ -4,12 +4,11 @@
 #include <budwood/peft/io/gguf_tokenizer.h>
 #include <budwood/peft/io/hf_index.h>
 #include <budwood/peft/models/registry.h>
-#include <budwood/peft/slot.h>
+#include <budwood/peft/models/stored_tensors.h>
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/checkpoints/checkpoint.h>
 #include <budwood/quant/error.h>
 #include <array>
-#include <functional>
 #include <map>
 #include <optional>
 
@@ -21,121 +20,79 @@ namespace fs = std::filesystem;
 // Bytes that are converted and written at a time.
 constexpr int64_t kPanelBytes = 16 << 20;
 
-struct Stored {
+// What is written under one name.
+struct Output {
+  StoredTensor tensor;
   at::ScalarType dtype;
-  std::vector<int64_t> shape;
-  /// Rows [begin, end) in the given dtype; one-dimensional tensors are one row.
-  std::function<at::Tensor(int64_t begin, int64_t end, at::ScalarType)> rows;
 };
 
-// Packed weights, and what was merged into them, stand for fp32 values; a file has no use for more
-// than the model computes with.
-Stored stored(const quant::Weight& w, at::ScalarType activations) {
-  const auto type = w.dtype() == at::kFloat ? activations : w.dtype();
-  return {type, {w.out, w.in}, [&w](int64_t begin, int64_t end, at::ScalarType type) {
-            return w.rows(begin, end, type);
-          }};
-}
-
-Stored stored(const at::Tensor& t) {
-  return {t.scalar_type(), t.sizes().vec(), [t](int64_t begin, int64_t end, at::ScalarType type) {
-            return (t.dim() > 1 ? t.narrow(0, begin, end - begin) : t).to(type);
-          }};
-}
-
-void check_plain(const std::string& path, const LinearSlotImpl& slot) {
-  if (slot.merged().empty() && !slot.adapter_names().empty())
-    throw Error("save", fmt::format("'{}' has the adapter '{}', which a plain model cannot hold: "
-                                    "merge or detach it first",
-                                    path, slot.adapter_names()[0]));
-}
-
-// A merge into the head gives it a weight of its own; the files must then say so.
-bool head_is_tied(CausalLM& model) {
-  if (!model.config().tie_word_embeddings) return false;
-  const auto modules = model.named_modules("", /*include_self=*/false);
-  const auto* head = dynamic_cast<LinearSlotImpl*>(modules["lm_head"].get());
-  const auto* table = dynamic_cast<EmbeddingSlotImpl*>(modules["model.embed_tokens"].get());
-  return head && table && head->weight().parts[0].is_same(table->weight().parts[0]);
-}
-
 struct Contents {
-  std::map<std::string, Stored> tensors;
+  std::map<std::string, Output> tensors;
   std::string quantization;  // quantization_config, empty for plain weights
 };
 
-// The matrices that are packed, and the paths of the projections that are not.
-struct Packing {
-  std::vector<const quant::Weight*> weights;
-  std::vector<std::string> plain;
-};
-
-Packing packing_of(CausalLM& model) {
-  Packing result;
-  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
-    const auto* slot = dynamic_cast<const LinearSlotImpl*>(item.value().get());
-    if (slot && slot->weight().packed())
-      result.weights.push_back(&slot->weight());
-    else if (slot)
-      result.plain.push_back(item.key());
-  }
-  return result;
+std::string layer_of(const std::string& name) {
+  return name.substr(0, name.size() - std::string(".weight").size());
 }
 
-Contents contents_of(CausalLM& model, bool packed) {
-  const bool tied = head_is_tied(model);
-  std::optional<quant::CheckpointWriter> writer;
-  Contents contents;
-  if (packed) {
-    const auto packing = packing_of(model);
-    writer = quant::checkpoint_writer(packing.weights, model.dtype());
-    contents.quantization = writer->config(packing.plain);
+quant::CheckpointWriter writer_for(const std::map<std::string, StoredTensor>& all,
+                                   at::ScalarType dtype, std::string& config) {
+  std::vector<const quant::Weight*> packed;
+  std::vector<std::string> plain;
+  for (const auto& [name, tensor] : all) {
+    if (tensor.packed())
+      packed.push_back(&*tensor.matrix);
+    else if (tensor.projection)
+      plain.push_back(layer_of(name));
   }
-  auto& all = contents.tensors;
-  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
-    const auto& path = item.key();
-    auto* module = item.value().get();
-    if (dynamic_cast<Adapter*>(module)) continue;
-    if (const auto* slot = dynamic_cast<LinearSlotImpl*>(module)) {
-      check_plain(path, *slot);
-      if (path == "lm_head" && tied) continue;
-      if (writer && slot->weight().packed())
-        for (const auto& [part, tensor] : writer->parts(slot->weight()))
-          all.emplace(path + "." + part, stored(tensor));
-      else
-        all.emplace(path + ".weight", stored(slot->weight(), model.dtype()));
-      if (slot->bias().defined()) all.emplace(path + ".bias", stored(slot->bias()));
-    } else if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(module)) {
-      all.emplace(path + ".weight", stored(table->weight(), model.dtype()));
-    } else {
-      for (const auto& p : module->named_parameters(/*recurse=*/false))
-        all.emplace(path + "." + p.key(), stored(p.value()));
+  const bool tied_head = !all.contains("lm_head.weight");
+  if (tied_head) plain.insert(plain.begin(), "lm_head");
+  auto writer = quant::checkpoint_writer(packed, dtype);
+  config = writer.config(plain);
+  return writer;
+}
+
+Contents contents_of(CausalLM& model, const SaveOptions& options) {
+  const auto all = stored_tensors(model, "save");
+  Contents contents;
+  std::optional<quant::CheckpointWriter> writer;
+  if (options.weights == "packed") writer = writer_for(all, model.dtype(), contents.quantization);
+  for (const auto& [name, tensor] : all) {
+    if (writer && tensor.packed()) {
+      for (const auto& [part, values] : writer->parts(*tensor.matrix))
+        contents.tensors.emplace(layer_of(name) + "." + part,
+                                 Output{{{}, values, false}, values.scalar_type()});
+      continue;
     }
+    // Packed matrices, and what was merged into them, stand for fp32 values; a file has no use for
+    // more than the model computes with.
+    auto dtype = tensor.dtype();
+    if (options.dtype != "auto")
+      dtype = scalar_type_of(options.dtype);
+    else if (tensor.matrix && dtype == at::kFloat)
+      dtype = model.dtype();
+    contents.tensors.emplace(name, Output{tensor, dtype});
   }
   return contents;
 }
 
-void write_weights(const std::map<std::string, Stored>& all, const fs::path& folder,
-                   const SaveOptions& options) {
-  const bool keep = options.dtype == "auto";
+void write_weights(const std::map<std::string, Output>& all, const fs::path& folder,
+                   int64_t max_shard_size) {
   std::vector<io::TensorSpec> specs;
-  for (const auto& [name, tensor] : all)
-    specs.push_back(
-        {name, stored_dtype(keep ? tensor.dtype : scalar_type_of(options.dtype)), tensor.shape});
-  if (options.max_shard_size < 1)
-    throw Error("save", "max_shard_size is a positive number of bytes");
-  io::ShardedWriter writer(folder, specs, static_cast<uint64_t>(options.max_shard_size));
+  for (const auto& [name, output] : all)
+    specs.push_back({name, stored_dtype(output.dtype), output.tensor.shape()});
+  if (max_shard_size < 1) throw Error("save", "max_shard_size is a positive number of bytes");
+  io::ShardedWriter writer(folder, specs, static_cast<uint64_t>(max_shard_size));
   for (const auto& spec : writer.order()) {
-    const auto& tensor = all.at(spec.name);
-    const auto type = scalar_type(spec.dtype);
-    const int64_t rows = tensor.shape.size() > 1 ? tensor.shape[0] : 1;
+    const auto& [tensor, dtype] = all.at(spec.name);
+    const int64_t rows = tensor.row_count();
     const auto row_bytes = static_cast<int64_t>(spec.bytes()) / std::max<int64_t>(1, rows);
     const int64_t step = std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, row_bytes));
     for (int64_t begin = 0; begin < rows; begin += step) {
-      const auto panel = tensor.rows(begin, std::min(rows, begin + step), type).contiguous();
+      const auto panel = tensor.rows(begin, std::min(rows, begin + step), dtype);
       if (panel.is_floating_point() && !panel.isfinite().all().item<bool>())
         throw Error("save", fmt::format("'{}' holds values that are not finite in {}", spec.name,
-                                        dtype_text(type)));
+                                        dtype_text(dtype)));
       writer.write(spec.name, panel.const_data_ptr(), panel.nbytes());
     }
   }
@@ -172,13 +129,13 @@ void save(CausalLM& model, const std::string& folder, const SaveOptions& options
     throw Error("save", fmt::format("packed weights are saved as they are: dtype is 'auto', found "
                                     "'{}'",
                                     options.dtype));
-  const auto contents = contents_of(model, packed);
+  const auto contents = contents_of(model, options);
   auto config = model.config();
   config.tie_word_embeddings = head_is_tied(model);
   io::AtomicFolder out(folder, options.overwrite ? io::Existing::replace : io::Existing::refuse);
   const auto dtype = options.dtype == "auto" ? dtype_text(model.dtype()) : options.dtype;
   io::write_file(out.path() / "config.json", config.to_json(dtype, contents.quantization));
-  write_weights(contents.tensors, out.path(), options);
+  write_weights(contents.tensors, out.path(), options.max_shard_size);
   if (!options.tokenizer_from.empty()) carry_tokenizer(options.tokenizer_from, out.path());
   out.commit();
 }

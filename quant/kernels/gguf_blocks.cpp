@@ -6,61 +6,22 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <iterator>
 
 namespace budwood::quant::kernels {
 namespace {
 
-struct Layout {
-  int64_t elements;  ///< 0: not supported
-  int64_t bytes;
-};
-
-Layout layout_of(GgmlType type) {
-  switch (type) {
-    case GgmlType::f32:
-      return {1, 4};
-    case GgmlType::f16:
-    case GgmlType::bf16:
-      return {1, 2};
-    case GgmlType::q4_0:
-      return {32, 18};
-    case GgmlType::q4_1:
-      return {32, 20};
-    case GgmlType::q5_0:
-      return {32, 22};
-    case GgmlType::q5_1:
-      return {32, 24};
-    case GgmlType::q8_0:
-      return {32, 34};
-    case GgmlType::q4_k:
-      return {256, 144};
-    case GgmlType::q5_k:
-      return {256, 176};
-    case GgmlType::q6_k:
-      return {256, 210};
-  }
-  return {0, 0};
-}
-
-Layout checked_layout(const char* where, GgmlType type) {
-  const Layout layout = layout_of(type);
-  if (layout.elements == 0) {
-    throw Error(where,
-                fmt::format("ggml type {} ({}) is not supported; wanted F32, F16, BF16, Q4_0, "
-                            "Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K",
-                            ggml_type_name(type), static_cast<uint32_t>(type)));
-  }
-  return layout;
-}
-
 int64_t checked_blocks(const char* where, GgmlType type, int64_t n) {
-  const Layout layout = checked_layout(where, type);
-  if (n < 0 || n % layout.elements != 0) {
-    throw Error(where, fmt::format("{} elements of {}; wanted a multiple of its block of {}", n,
-                                   ggml_type_name(type), layout.elements));
+  const auto* traits = ggml_type_traits(static_cast<uint32_t>(type));
+  if (!traits || !traits->decodable) {
+    throw Error(where,
+                fmt::format("ggml type {} ({}) is not supported; wanted {}", ggml_type_name(type),
+                            static_cast<uint32_t>(type), decodable_ggml_types()));
   }
-  return n / layout.elements;
+  if (n < 0 || n % traits->block != 0) {
+    throw Error(where, fmt::format("{} elements of {}; wanted a multiple of its block of {}", n,
+                                   traits->name, traits->block));
+  }
+  return n / traits->block;
 }
 
 const GgufPath& path() {
@@ -113,16 +74,16 @@ QuantizeStatus check_halves(const float* src, const uint16_t* halves, int64_t n,
 }
 
 QuantizeStatus encode_blocks(GgufEncoders::Encode encode, const float* src, uint8_t* dst,
-                             int64_t blocks, Layout layout) {
+                             int64_t blocks, const GgmlTypeTraits& traits) {
   for (int64_t b = 0; b < blocks; ++b) {
-    const float* block = src + b * layout.elements;
-    if (!encode(block, dst + b * layout.bytes)) {
-      const int64_t begin = b * layout.elements;
-      const int64_t bad = first_not_finite(block, layout.elements);
+    const float* block = src + b * traits.block;
+    if (!encode(block, dst + b * traits.block_bytes)) {
+      const int64_t begin = b * traits.block;
+      const int64_t bad = first_not_finite(block, traits.block);
       if (bad >= 0) {
         return {Fault::not_finite, begin + bad};
       }
-      return {Fault::out_of_range, begin + largest_magnitude(block, layout.elements)};
+      return {Fault::out_of_range, begin + largest_magnitude(block, traits.block)};
     }
   }
   return {};
@@ -130,31 +91,8 @@ QuantizeStatus encode_blocks(GgufEncoders::Encode encode, const float* src, uint
 
 }  // namespace
 
-const char* ggml_type_name(uint32_t id) {
-  static constexpr const char* kNames[] = {
-      "F32",   "F16",     "Q4_0",    "Q4_1",    "type 4",  "type 5",  "Q5_0",
-      "Q5_1",  "Q8_0",    "Q8_1",    "Q2_K",    "Q3_K",    "Q4_K",    "Q5_K",
-      "Q6_K",  "Q8_K",    "IQ2_XXS", "IQ2_XS",  "IQ3_XXS", "IQ1_S",   "IQ4_NL",
-      "IQ3_S", "IQ2_S",   "IQ4_XS",  "I8",      "I16",     "I32",     "I64",
-      "F64",   "IQ1_M",   "BF16",    "type 31", "type 32", "type 33", "TQ1_0",
-      "TQ2_0", "type 36", "type 37", "type 38", "MXFP4",   "NVFP4",   "Q1_0"};
-  return id < std::size(kNames) ? kNames[id] : "unknown";
-}
-
-bool is_supported_ggml_type(uint32_t id) {
-  return layout_of(static_cast<GgmlType>(id)).elements != 0;
-}
-
-int64_t block_elements(GgmlType type) {
-  return checked_layout("block_elements", type).elements;
-}
-
-int64_t block_bytes(GgmlType type) {
-  return checked_layout("block_bytes", type).bytes;
-}
-
 int64_t row_bytes(GgmlType type, int64_t n) {
-  return checked_blocks("row_bytes", type, n) * layout_of(type).bytes;
+  return checked_blocks("row_bytes", type, n) * ggml_type_traits(type).block_bytes;
 }
 
 void dequantize_row(GgmlType type, const void* src, float* dst, int64_t n) {
@@ -188,33 +126,19 @@ void dequantize_row(GgmlType type, const void* src, float* dst, int64_t n) {
       return path().q5_k(bytes, dst, blocks);
     case GgmlType::q6_k:
       return path().q6_k(bytes, dst, blocks);
-  }
-}
-
-bool can_quantize(GgmlType type) {
-  switch (type) {
-    case GgmlType::f32:
-    case GgmlType::f16:
-    case GgmlType::bf16:
-    case GgmlType::q4_0:
-    case GgmlType::q4_1:
-    case GgmlType::q8_0:
-      return true;
     default:
-      return false;
+      return;  // refused by checked_blocks
   }
 }
 
 QuantizeStatus quantize_row(GgmlType type, const float* src, void* dst, int64_t n) {
   const int64_t blocks = checked_blocks("quantize_row", type, n);
-  const Layout layout = layout_of(type);
+  const auto& traits = ggml_type_traits(type);
   auto* bytes = static_cast<uint8_t*>(dst);
   auto* halves = static_cast<uint16_t*>(dst);
-  if (!can_quantize(type)) {
-    throw Error("quantize_row",
-                fmt::format("{} can be read but not written; wanted F32, F16, BF16, "
-                            "Q4_0, Q4_1 or Q8_0",
-                            ggml_type_name(type)));
+  if (!traits.writable) {
+    throw Error("quantize_row", fmt::format("{} can be read but not written; wanted {}",
+                                            traits.name, writable_ggml_types()));
   }
   if (blocks == 0) {
     return {};
@@ -227,11 +151,11 @@ QuantizeStatus quantize_row(GgmlType type, const float* src, void* dst, int64_t 
       fp32_to_bf16(src, halves, n);
       return check_halves(src, halves, n, 0x7f80u);
     case GgmlType::q4_0:
-      return encode_blocks(encoders().q4_0, src, bytes, blocks, layout);
+      return encode_blocks(encoders().q4_0, src, bytes, blocks, traits);
     case GgmlType::q4_1:
-      return encode_blocks(encoders().q4_1, src, bytes, blocks, layout);
+      return encode_blocks(encoders().q4_1, src, bytes, blocks, traits);
     case GgmlType::q8_0:
-      return encode_blocks(encoders().q8_0, src, bytes, blocks, layout);
+      return encode_blocks(encoders().q8_0, src, bytes, blocks, traits);
     default:
       std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
       return check_finite(src, n);

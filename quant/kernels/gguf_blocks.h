@@ -1,5 +1,6 @@
 #pragma once
 
+#include <budwood/quant/kernels/ggml_type.h>
 #include <budwood/quant/kernels/quantize_status.h>
 
 #include <cstdint>
@@ -19,43 +20,12 @@
 /// Values equal those of ggml's C code and of the gguf Python package, bit for bit.
 namespace budwood::quant::kernels {
 
-/// The numbers are those of the file format.
-enum class GgmlType : uint32_t {
-  f32 = 0,
-  f16 = 1,
-  q4_0 = 2,
-  q4_1 = 3,
-  q5_0 = 6,
-  q5_1 = 7,
-  q8_0 = 8,
-  q4_k = 12,
-  q5_k = 13,
-  q6_k = 14,
-  bf16 = 30,
-};
-
-/// True for the numbers above.
-bool is_supported_ggml_type(uint32_t id);
-
-/// The format's own name of any type number ("Q4_K", "IQ2_XXS"); "unknown" beyond those.
-const char* ggml_type_name(uint32_t id);
-inline const char* ggml_type_name(GgmlType type) {
-  return ggml_type_name(static_cast<uint32_t>(type));
-}
-
-/// Elements in a block (1, 32 or 256) and its bytes. Throw Error for a number that is not
-/// supported.
-int64_t block_elements(GgmlType type);
-int64_t block_bytes(GgmlType type);
-
-/// Bytes of n elements. Throws Error when n is negative or no multiple of the block.
+/// Bytes of n elements. Throws Error for a type that cannot be decoded, and when n is negative or
+/// no multiple of the block.
 int64_t row_bytes(GgmlType type, int64_t n);
 
 /// Decodes n elements (a multiple of the block) from src to dst; src needs no alignment.
 void dequantize_row(GgmlType type, const void* src, float* dst, int64_t n);
-
-/// True for f32, f16, bf16, q4_0, q4_1 and q8_0.
-bool can_quantize(GgmlType type);
 
 /// Encodes n elements (a multiple of the block) into dst, row_bytes(type, n) long, with the bytes
 /// of ggml's reference quantisers. Throws Error for a type that cannot be written; faults of the

@@ -10,7 +10,7 @@ namespace {
 // Blocks of random bytes whose fp16 scales are small numbers.
 at::Tensor random_blocks(GgmlType type, int64_t out, int64_t in) {
   auto blocks = torch::randint(0, 256, {out, kernels::row_bytes(type, in)}, at::kByte);
-  const int64_t size = kernels::block_bytes(type);
+  const int64_t size = kernels::ggml_type_traits(type).block_bytes;
   auto each = blocks.view({-1, size});
   const auto scale = [&](int64_t at) {
     const auto value = (torch::rand({each.size(0), 1}) * 0.02 + 0.001).to(at::kHalf);
@@ -36,7 +36,7 @@ TEST_CASE(
   for (const auto type : {GgmlType::q4_0, GgmlType::q4_1, GgmlType::q5_0, GgmlType::q5_1,
                           GgmlType::q8_0, GgmlType::q4_k, GgmlType::q5_k, GgmlType::q6_k}) {
     CAPTURE(kernels::ggml_type_name(type));
-    const int64_t block = kernels::block_elements(type), out = 37, in = 3 * block;
+    const int64_t block = kernels::ggml_type_traits(type).block, out = 37, in = 3 * block;
     const auto w = packed(type, out, in);
     auto values = at::empty({out, in}, at::kFloat);
     kernels::dequantize_row(type, w.parts[0].data_ptr(), values.data_ptr<float>(), out * in);

@@ -345,3 +345,10 @@ TEST_CASE("a damaged file is read or refused, never worse") {
   CHECK(parsed > 500);
   CHECK(refused > 1500);
 }
+
+TEST_CASE("a type that cannot be decoded is refused by name, with those that can") {
+  require_decodable(GgmlType::q6_k, "w", "x.gguf");
+  const auto text = message_of<Error>([] { require_decodable(GgmlType::iq2_xs, "w", "x.gguf"); });
+  CHECK(contains(text, "x.gguf: tensor 'w' is of type IQ2_XS; supported are F32, F16, Q4_0"));
+  CHECK(contains(text, "Q6_K, BF16"));
+}

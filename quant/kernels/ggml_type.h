@@ -5,9 +5,10 @@
 #include <string>
 #include <string_view>
 
-namespace budwood::io {
+namespace budwood::quant::kernels {
 
-/// Element types of ggml, under their numbers in GGUF files.
+/// Element types of ggml, under their numbers in GGUF files. This is all that is known of types
+/// which cannot be decoded; gguf_blocks.h decodes and encodes the others.
 enum class GgmlType : uint32_t {
   f32 = 0,
   f16 = 1,
@@ -52,6 +53,7 @@ struct GgmlTypeTraits {
   uint32_t block;
   uint32_t block_bytes;
   bool decodable;  ///< whether Budwood turns its blocks into numbers
+  bool writable;   ///< whether it turns numbers into blocks
 };
 
 /// The traits of a number found in a file; null for numbers that name no type.
@@ -59,9 +61,13 @@ const GgmlTypeTraits* ggml_type_traits(uint32_t id);
 const GgmlTypeTraits& ggml_type_traits(GgmlType type);
 /// The type of a name; letter case does not matter.
 std::optional<GgmlType> ggml_type_from_name(std::string_view name);
-/// Names of the decodable types: "F32, F16, ...".
+/// The name of any number; "unknown" for those that name no type.
+std::string_view ggml_type_name(uint32_t id);
+inline std::string_view ggml_type_name(GgmlType type) {
+  return ggml_type_name(static_cast<uint32_t>(type));
+}
+/// Names of the types that pass: "F32, F16, ...".
 std::string decodable_ggml_types();
-/// Throws when Budwood cannot decode the type; `tensor` and `path` are named in the error.
-void require_decodable(GgmlType type, std::string_view tensor, std::string_view path);
+std::string writable_ggml_types();
 
-}  // namespace budwood::io
+}  // namespace budwood::quant::kernels

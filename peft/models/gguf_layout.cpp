@@ -1,6 +1,7 @@
+#include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <budwood/peft/models/gguf_source.h>
+#include <budwood/peft/models/gguf_layout.h>
 #include <budwood/quant/error.h>
 #include <array>
 #include <string_view>
@@ -26,6 +27,10 @@ constexpr std::array<Pair, 11> kBlock = {{{"input_layernorm", "attn_norm"},
                                           {"mlp.up_proj", "ffn_up"},
                                           {"mlp.down_proj", "ffn_down"}}};
 
+at::Tensor swap_inside_heads(const at::Tensor& rows, int64_t heads, int64_t a, int64_t b) {
+  return rows.reshape({heads, a, b, -1}).transpose(1, 2).reshape(rows.sizes());
+}
+
 }  // namespace
 
 std::string gguf_name(const std::string& name) {
@@ -44,6 +49,18 @@ std::string gguf_name(const std::string& name) {
           return fmt::format("blk.{}.{}{}", rest.substr(0, next), theirs, suffix);
   }
   throw Error("gguf", fmt::format("the tensor '{}' has no name in a GGUF file", name));
+}
+
+at::Tensor rows_from_gguf(const at::Tensor& rows, int64_t head_dim) {
+  return swap_inside_heads(rows, rows.size(0) / head_dim, head_dim / 2, 2);
+}
+
+at::Tensor rows_to_gguf(const at::Tensor& rows, int64_t head_dim) {
+  return swap_inside_heads(rows, rows.size(0) / head_dim, 2, head_dim / 2);
+}
+
+bool rotary_rows(const std::string& name) {
+  return name.find(".q_proj.") != std::string::npos || name.find(".k_proj.") != std::string::npos;
 }
 
 }  // namespace budwood::models

@@ -1,12 +1,11 @@
-#include <budwood/peft/io/ggml_type.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/kernels/ggml_type.h>
 #include <doctest/doctest.h>
 
-#include "temporary_folder.h"
+#include <string>
 
 using namespace budwood;
-using namespace budwood::io;
-using namespace budwood::io::testing;
+using namespace budwood::quant::kernels;
 
 TEST_CASE("block sizes are those of ggml") {
   const auto check = [](uint32_t id, const char* name, uint32_t block, uint32_t bytes) {
@@ -40,9 +39,12 @@ TEST_CASE("block sizes are those of ggml") {
   CHECK(!ggml_type_from_name("Q9_K"));
 }
 
-TEST_CASE("a type that cannot be decoded is refused by name, with those that can") {
-  require_decodable(GgmlType::q6_k, "w", "x.gguf");
-  const auto text = message_of<Error>([] { require_decodable(GgmlType::iq2_xs, "w", "x.gguf"); });
-  CHECK(contains(text, "x.gguf: tensor 'w' is of type IQ2_XS; supported are F32, F16, Q4_0"));
-  CHECK(contains(text, "Q6_K, BF16"));
+TEST_CASE("every number has a name, and the types say what Budwood does with them") {
+  CHECK(ggml_type_name(30) == "BF16");
+  CHECK(ggml_type_name(40) == "NVFP4");
+  CHECK(ggml_type_name(4) == "unknown");
+  CHECK(ggml_type_name(1000) == "unknown");
+  CHECK_THROWS_AS(ggml_type_traits(static_cast<GgmlType>(5)), Error);
+  CHECK(decodable_ggml_types() == "F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, BF16");
+  CHECK(writable_ggml_types() == "F32, F16, Q4_0, Q4_1, Q8_0, BF16");
 }
