@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,15 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import cpu_name, status_mb
+
 CONTENDERS = ("peft", "budwood-python", "budwood-cpp")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def peak_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def make_batch(args, vocabulary: int):
@@ -39,10 +32,18 @@ def make_batch(args, vocabulary: int):
 
 def hf_step(args, library):
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    options = {"dtype": torch.float32}
+    if args.base == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    model = AutoModelForCausalLM.from_pretrained(args.model, **options)
     config = library.LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
     )
@@ -66,7 +67,8 @@ def cpp_step(args):
 
     from budwood import _C
 
-    model = _C.load_model(args.model, dtype="float32")
+    packing = {"quantize": "nf4", "double_quant": True} if args.base == "nf4" else {}
+    model = _C.load_model(args.model, dtype="float32", **packing)
     config = _C.LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
     )
@@ -109,12 +111,12 @@ def run_one(args) -> None:
         start = time.perf_counter()
         losses.append(step())
         times.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": times, "loss": losses[0], "peak_mb": peak_mb()}))
+    print(json.dumps({"seconds": times, "loss": losses[0], "peak_mb": status_mb("VmHWM")}))
 
 
 def spawn(args, contender: str) -> dict:
     command = [sys.executable, __file__, "--one", contender, "--model", args.model]
-    for name in ("batch", "length", "rank", "steps", "threads"):
+    for name in ("base", "batch", "length", "rank", "steps", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -135,16 +137,15 @@ def prepare_model(folder: Path) -> str:
     return str(folder)
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a Hugging Face folder (default: SmolLM2-135M)")
+    parser.add_argument(
+        "--base",
+        choices=("fp32", "nf4"),
+        default="fp32",
+        help="nf4: QLoRA, PEFT with bitsandbytes",
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
@@ -199,6 +200,7 @@ def report(args, seconds, peaks, loss) -> None:
         "cpu": cpu_name(),
         "threads": args.threads,
         "torch": torch.__version__,
+        "base": args.base,
         "batch": args.batch,
         "length": args.length,
         "rank": args.rank,
@@ -207,7 +209,8 @@ def report(args, seconds, peaks, loss) -> None:
         print(json.dumps({"context": context, "rows": rows}, indent=2))
         return
     print(
-        f"\nLoRA r{args.rank} on all 7 projections, fp32, {args.batch} x {args.length} tokens, "
+        f"\nLoRA r{args.rank} on all 7 projections, {args.base} base, "
+        f"{args.batch} x {args.length} tokens, "
         f"{args.threads} threads, {context['cpu']}, torch {context['torch']}, default allocator"
     )
     print(

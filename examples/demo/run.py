@@ -25,6 +25,7 @@ from sources import find_model, find_plays
 
 from budwood import _C
 from budwood.cli import main as budwood
+from budwood.cli.opening import weights_text
 from budwood.data import write_token_file
 from budwood.plot import plot_loss
 from budwood.tokenizer import load_tokenizer
@@ -196,6 +197,7 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     model = _C.load_model(str(source), "float32")
     console.print(f"   model      {source.name}")
+    console.print(f"   weights    {weights_text(model)}, used as they lie in the file")
     prepare(out, texts, held_out, tokenizer, model.config["vocab_size"])
 
     headline(2, "Before training")
@@ -204,12 +206,12 @@ def main() -> None:
     console.print(f"   perplexity on Hamlet {perplexity_text(before)}")
     del model
 
-    headline(3, "Training")
+    headline(3, "Training on the 4-bit weights (weights=dense: on decoded ones)")
     train(source, out, arguments.steps)
     image = plot_loss(
         out / "adapter" / "metrics.jsonl",
         out / "loss.png",
-        title="SmolLM2-135M-Instruct, LoRA, Shakespeare's plays",
+        title="SmolLM2-135M-Instruct in 4 bits, LoRA, Shakespeare's plays",
         start=before,
     )
 

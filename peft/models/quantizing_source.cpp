@@ -3,7 +3,6 @@
 
 #include <budwood/peft/models/quantizing_source.h>
 #include <budwood/quant/error.h>
-#include <algorithm>
 
 namespace budwood::models {
 
@@ -16,9 +15,12 @@ QuantizingSource::QuantizingSource(WeightSource& source, quant::QuantizeOptions 
 
 quant::Weight QuantizingSource::matrix(const std::string& name, int64_t out, int64_t in) {
   auto weight = source_.matrix(name, out, in);
-  const bool skipped = std::any_of(skip_.begin(), skip_.end(), [&](const std::string& part) {
-    return name.find(part) != std::string::npos;
-  });
+  bool skipped = false;
+  for (const auto& part : skip_) {
+    if (name.find(part) == std::string::npos) continue;
+    skipped = true;
+    used_skips_.insert(part);
+  }
   if (skipped) return weight;
   if (weight.packed())
     throw Error("load", fmt::format("the tensor '{}' is quantised already ({}): load it as it is",
@@ -31,6 +33,13 @@ quant::Weight QuantizingSource::matrix(const std::string& name, int64_t out, int
   } catch (const Error& e) {
     throw Error("load", fmt::format("the tensor '{}' cannot be quantised: {}", name, e.what()));
   }
+}
+
+std::vector<std::string> QuantizingSource::unused_skips() const {
+  std::vector<std::string> unused;
+  for (const auto& part : skip_)
+    if (!used_skips_.contains(part)) unused.push_back(part);
+  return unused;
 }
 
 }  // namespace budwood::models

@@ -3,6 +3,7 @@
 #include <budwood/peft/models/weight_source.h>
 #include <budwood/quant/quantize.h>
 #include <functional>
+#include <set>
 
 namespace budwood::models {
 
@@ -25,12 +26,15 @@ class QuantizingSource final : public WeightSource {
   at::ScalarType dtype() const override { return source_.dtype(); }
   void release(const std::string& name) override { source_.release(name); }
   std::vector<std::string> unused() const override { return source_.unused(); }
+  /// Entries of `skip` that no matrix's name contained.
+  std::vector<std::string> unused_skips() const;
 
  private:
   WeightSource& source_;
   quant::QuantizeOptions options_;
   std::vector<std::string> skip_;
   QuantizeObserver observer_;
+  std::set<std::string> used_skips_;
 };
 
 }  // namespace budwood::models

@@ -7,6 +7,7 @@
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 #include <map>
 
 namespace budwood::models {
@@ -82,6 +83,10 @@ std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source,
                                  .double_quant = options.double_quant},
                                 options.quantize_skip, options.on_quantized);
     model = build(std::move(config), quantizing);
+    const auto defaults = LoadOptions{}.quantize_skip;
+    for (const auto& entry : quantizing.unused_skips())
+      if (std::find(defaults.begin(), defaults.end(), entry) == defaults.end())
+        throw Error("load", fmt::format("quantize_skip '{}' is in the name of no matrix", entry));
   }
   require_all_used(source, model->config(), path);
   return model;

@@ -47,7 +47,7 @@ struct SaveOptions {
   bool overwrite = false;                  ///< a folder that stands there is exchanged as a whole
   /// Folder or GGUF file the model came from: tokeniser files are carried over (or written from the
   /// GGUF's metadata). Empty = none.
-  std::string tokenizer_from;
+  std::string tokenizer_from = "";
 };
 
 /// The model as a Hugging Face folder that transformers opens. Adapters must be merged or detached

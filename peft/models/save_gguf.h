@@ -12,11 +12,11 @@ struct SaveGgufOptions {
   /// Type of matrices: "f32", "f16", "bf16", "q8_0", "q4_1" or "q4_0". Vectors are F32.
   std::string type = "q8_0";
   /// Type of the token table and the head; empty = Q8_0 where matrices have 4 bits, else theirs.
-  std::string embedding_type;
+  std::string embedding_type = "";
   /// Folder or GGUF file whose tokeniser goes into the metadata; empty = none ("no_vocab").
-  std::string tokenizer_from;
+  std::string tokenizer_from = "";
   /// general.name; empty = not written.
-  std::string name;
+  std::string name = "";
 };
 
 struct SavedGgufTensor {

@@ -291,7 +291,9 @@ def test_hooks_on_the_base_layer_still_run():
 
 
 def test_a_slot_holds_linear_layers_only():
-    with pytest.raises(budwood.Error, match=r"transformers Conv1D or a packed layer, found .*Conv2d"):
+    with pytest.raises(
+        budwood.Error, match=r"transformers Conv1D or a packed layer, found .*Conv2d"
+    ):
         LinearSlot(nn.Conv2d(1, 1, 1))
     slot = LinearSlot(nn.Linear(2, 2))
     with pytest.raises(budwood.Error, match="positive integer, found 0"):
