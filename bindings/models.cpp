@@ -93,18 +93,22 @@ void bind_models(py::module_& m) {
   m.def(
       "load_model",
       [](const std::string& path, const std::string& dtype, const std::string& weights,
-         const std::string& quantize, std::vector<std::string> quantize_skip) {
-        return load(path, {dtype, weights, quantize, std::move(quantize_skip)});
+         const std::string& quantize, std::vector<std::string> quantize_skip,
+         const std::string& quantize_method) {
+        return load(path, {dtype, weights, quantize, quantize_method, std::move(quantize_skip)});
       },
       py::arg("path"), py::arg("dtype") = "auto", py::arg("weights") = "dense",
       py::arg("quantize") = "", py::arg("quantize_skip") = LoadOptions{}.quantize_skip,
+      py::arg("quantize_method") = LoadOptions{}.quantize_method,
       py::call_guard<py::gil_scoped_release>(),
       "A model from a Hugging Face folder or a GGUF file.\n\n"
       "dtype: 'auto' (what the file holds; float32 for a GGUF), 'float32', 'bfloat16', 'float16'.\n"
       "weights: 'dense' decodes a GGUF's blocks, 'packed' uses them as they lie in the file.\n"
       "quantize: 'nf4', 'fp4', 'int8', 'int4' or 'affine8' packs each matrix while loading, "
       "except\n"
-      "those whose names contain one of quantize_skip.");
+      "those whose names contain one of quantize_skip. quantize_method: 'rtn', or 'hqq' for int4 "
+      "and\n"
+      "affine8.");
   m.def("read_config", [](const std::string& path) {
     return py::module_::import("json").attr("loads")(read_config(path).to_json("float32"));
   });

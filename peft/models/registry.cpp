@@ -51,7 +51,10 @@ void require_all_used(const WeightSource& source, const ModelConfig& config,
 }
 
 bool wants_packed(const std::string& path, bool folder, const LoadOptions& options) {
-  if (!options.quantize.empty()) quant::require_quantizable(options.quantize);
+  if (!options.quantize.empty()) {
+    quant::require_quantizable(options.quantize);
+    quant::require_method(options.quantize, options.quantize_method);
+  }
   if (options.weights == "dense") return false;
   if (options.weights != "packed")
     throw Error("load", fmt::format("weights is 'dense' or 'packed', found '{}'", options.weights));
@@ -74,7 +77,9 @@ std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source,
   if (options.quantize.empty()) {
     model = build(std::move(config), source);
   } else {
-    QuantizingSource quantizing(source, {.format = options.quantize}, options.quantize_skip);
+    QuantizingSource quantizing(source,
+                                {.format = options.quantize, .method = options.quantize_method},
+                                options.quantize_skip);
     model = build(std::move(config), quantizing);
   }
   require_all_used(source, model->config(), path);

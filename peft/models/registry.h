@@ -19,7 +19,9 @@ struct LoadOptions {
   std::string weights = "dense";
   /// Quantises each matrix while loading: "nf4", "fp4", "int8", "int4", "affine8"
   /// (quant/quantize.h); empty = not.
-  std::string quantize;
+  std::string quantize = "";
+  /// How: "rtn" rounds to nearest; "hqq", for int4 and affine8, moves the zero points first.
+  std::string quantize_method = "rtn";
   /// Matrices whose names contain one of these are left as they are.
   std::vector<std::string> quantize_skip = {"lm_head", "embed"};
 };
