@@ -128,14 +128,14 @@ void bind_models(py::module_& m) {
       "load_model",
       [](const std::string& path, const std::string& dtype, const std::string& weights,
          const std::string& quantize, int64_t block_size, bool double_quant,
-         std::vector<std::string> quantize_skip) {
-        return load(
-            path,
-            {dtype, weights, quantize, block_size, double_quant, std::move(quantize_skip), {}});
+         std::vector<std::string> quantize_skip, const std::string& quantize_method) {
+        return load(path, {dtype, weights, quantize, quantize_method, block_size, double_quant,
+                           std::move(quantize_skip)});
       },
       py::arg("path"), py::arg("dtype") = "auto", py::arg("weights") = "auto",
       py::arg("quantize") = "", py::arg("block_size") = 64, py::arg("double_quant") = false,
       py::arg("quantize_skip") = LoadOptions{}.quantize_skip,
+      py::arg("quantize_method") = LoadOptions{}.quantize_method,
       py::call_guard<py::gil_scoped_release>(),
       "A model from a Hugging Face folder or a GGUF file.\n\n"
       "dtype: 'auto' (what the file holds; float32 for a GGUF), 'float32', 'bfloat16', 'float16'.\n"
@@ -145,6 +145,7 @@ void bind_models(py::module_& m) {
       "quantize: 'nf4', 'fp4', 'int8', 'int4' or 'affine8' packs each matrix while loading, "
       "except\n"
       "those whose names contain one of quantize_skip; block_size elements share a scale.\n"
+      "quantize_method: 'rtn', or 'hqq' for int4 and affine8.\n"
       "A folder that is quantised already keeps its codes.");
   m.def(
       "base_weights",

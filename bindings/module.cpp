@@ -14,6 +14,7 @@ void bind_models(py::module_& m);
 void bind_inject(py::module_& m);
 void bind_train(py::module_& m);
 void bind_quant(py::module_& m);
+void bind_calibrate(py::module_& m);
 
 namespace {
 
@@ -52,4 +53,5 @@ PYBIND11_MODULE(_C, m) {
   bind_inject(m);
   bind_train(m);
   bind_quant(m);
+  bind_calibrate(m);
 }

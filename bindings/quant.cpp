@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <budwood/peft/tensor_file.h>
+#include <budwood/quant/checkpoints/awq.h>
 #include <budwood/quant/checkpoints/checkpoint.h>
+#include <budwood/quant/checkpoints/gptq.h>
 #include <budwood/quant/quantize.h>
 
 namespace py = pybind11;
@@ -27,13 +29,16 @@ Weight weight_of(std::vector<at::Tensor> parts, int64_t format, const std::vecto
 void bind_quant(py::module_& m) {
   m.def(
       "quantize",
-      [](const at::Tensor& w, const std::string& format, int64_t block_size, bool double_quant) {
-        return flat(quantize(w, {format, block_size, double_quant}));
+      [](const at::Tensor& w, const std::string& format, int64_t block_size, bool double_quant,
+         bool symmetric, const std::string& method) {
+        return flat(quantize(w, {format, block_size, double_quant, symmetric, method}));
       },
       py::arg("weight"), py::arg("format") = "nf4", py::arg("block_size") = 64,
-      py::arg("double_quant") = false, py::call_guard<py::gil_scoped_release>(),
+      py::arg("double_quant") = false, py::arg("symmetric") = false, py::arg("method") = "rtn",
+      py::call_guard<py::gil_scoped_release>(),
       "A matrix [out, in] to (parts, format, [out, in]), as torch.ops.budwood.linear takes it.\n\n"
-      "format: 'nf4', 'fp4', 'int8', 'int4' or 'affine8'.");
+      "format: 'nf4', 'fp4', 'int8', 'int4' or 'affine8'. method: 'rtn', or 'hqq' for the last "
+      "two.");
   m.def(
       "dequantize",
       [](std::vector<at::Tensor> parts, int64_t format, const std::vector<int64_t>& shape,
@@ -70,4 +75,26 @@ void bind_quant(py::module_& m) {
       },
       py::arg("parts"), py::arg("quantization_config"), py::arg("out"), py::arg("in_"),
       "The opposite of stored_parts, for any supported quant_method.");
+  m.def(
+      "weight_from_gptq",
+      [](const at::Tensor& qweight, const at::Tensor& qzeros, const at::Tensor& scales,
+         const std::optional<at::Tensor>& g_idx, int64_t bits, int64_t group_size, bool v2,
+         int64_t out, int64_t in) {
+        return flat(
+            weight_from_gptq(qweight, qzeros, scales, g_idx, bits, group_size, v2, out, in));
+      },
+      py::arg("qweight"), py::arg("qzeros"), py::arg("scales"), py::arg("g_idx") = py::none(),
+      py::kw_only(), py::arg("bits") = 4, py::arg("group_size") = 128, py::arg("v2") = false,
+      py::arg("out_features"), py::arg("in_features"), py::call_guard<py::gil_scoped_release>(),
+      "The tensors of one linear of a GPTQ checkpoint to (parts, format, [out, in]), exactly.");
+  m.def(
+      "weight_from_awq",
+      [](const at::Tensor& qweight, const at::Tensor& qzeros, const at::Tensor& scales,
+         int64_t bits, int64_t group_size, int64_t out, int64_t in) {
+        return flat(weight_from_awq(qweight, qzeros, scales, bits, group_size, out, in));
+      },
+      py::arg("qweight"), py::arg("qzeros"), py::arg("scales"), py::kw_only(), py::arg("bits") = 4,
+      py::arg("group_size") = 128, py::arg("out_features"), py::arg("in_features"),
+      py::call_guard<py::gil_scoped_release>(),
+      "The tensors of one linear of an AWQ checkpoint to (parts, format, [out, in]), exactly.");
 }

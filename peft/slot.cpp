@@ -35,6 +35,7 @@ LinearSlotImpl::LinearSlotImpl(quant::Weight weight, at::Tensor bias) {
 }
 
 at::Tensor LinearSlotImpl::forward(const at::Tensor& x) {
+  if (observer_) observer_(x);
   std::vector<LinearAdapter*> running;
   if (enabled_ && merged_.empty())
     for (const auto& entry : adapters_)

@@ -5,6 +5,7 @@
 
 #include <budwood/peft/adapter.h>
 #include <budwood/quant/weight.h>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -26,6 +27,10 @@ class LinearSlotImpl : public torch::nn::Module {
 
   const quant::Weight& weight() const { return weight_; }
   const at::Tensor& bias() const { return bias_; }
+  /// Called with the input of every forward, before it; empty = nobody looks.
+  void set_observer(std::function<void(const at::Tensor& x)> observer) {
+    observer_ = std::move(observer);
+  }
   /// Puts another weight of the same shape in the slot; throws while something is merged.
   void replace_weight(quant::Weight weight);
   int64_t in_features() const { return weight_.in; }
@@ -75,6 +80,7 @@ class LinearSlotImpl : public torch::nn::Module {
   std::vector<std::string> active_;
   std::vector<std::string> merged_;
   std::optional<std::pair<quant::Weight, at::Tensor>> unmerged_;
+  std::function<void(const at::Tensor&)> observer_;
   bool enabled_ = true;
 };
 TORCH_MODULE(LinearSlot);

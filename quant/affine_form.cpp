@@ -1,14 +1,16 @@
+#include <ATen/ATen.h>
 #include <fmt/format.h>
 
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/affine.h>
 #include <budwood/quant/kernels/int8.h>
 #include <budwood/quant/packed_form.h>
+#include <vector>
 
 namespace budwood::quant {
 namespace {
 
-enum Part : size_t { kCodes, kScales, kZeros, kGroupSize };
+enum Part : size_t { kCodes, kScales, kZeros, kGroupSize, kOrder };
 
 class Affine final : public PackedForm {
  public:
@@ -16,13 +18,25 @@ class Affine final : public PackedForm {
   std::string name() const override { return fmt::format("affine{}", bits_); }
 
   void check(const Weight& w) const override {
-    check_parts(w, 4, 4);
+    check_parts(w, 4, 5);
     const int64_t groups = kernels::affine_groups(w.in, size_in_part(w, kGroupSize, "group size"));
     check_part(w, kCodes, "codes", at::kByte, w.out * kernels::affine_row_bytes(bits_, w.in));
     check_part(w, kScales, "scales", at::kFloat, w.out * groups);
     // Zeros are floats once an adapter has been merged into them.
     const bool integers = w.parts[kZeros].scalar_type() == at::kByte;
     check_part(w, kZeros, "zero points", integers ? at::kByte : at::kFloat, w.out * groups);
+    if (ordered(w)) check_order(w);
+  }
+
+  // With an order the products take the columns as they are stored, and x or dx is permuted.
+  at::Tensor linear(const Weight& w, const at::Tensor& x) const override {
+    if (!ordered(w)) return PackedForm::linear(w, x);
+    return PackedForm::linear(as_stored(w), x.index_select(-1, w.parts[kOrder]));
+  }
+  at::Tensor backward_input(const Weight& w, const at::Tensor& grad) const override {
+    if (!ordered(w)) return PackedForm::backward_input(w, grad);
+    const auto stored = PackedForm::backward_input(as_stored(w), grad);
+    return at::empty_like(stored).index_copy_(-1, w.parts[kOrder].to(at::kLong), stored);
   }
 
  protected:
@@ -37,12 +51,40 @@ class Affine final : public PackedForm {
       view.zero_points = w.parts[kZeros].const_data_ptr<uint8_t>();
     else
       view.zeros = w.parts[kZeros].const_data_ptr<float>();
+    if (ordered(w)) {
+      const auto* order = w.parts[kOrder].const_data_ptr<int32_t>();
+      return {w.out, w.in, [view, order](int64_t row, float* dst) {
+                std::vector<float> stored(static_cast<size_t>(view.cols));
+                dequantize_affine_row(view, row, 0, view.cols, kernels::FloatType::fp32,
+                                      stored.data());
+                for (size_t p = 0; p < stored.size(); ++p) dst[order[p]] = stored[p];
+              }};
+    }
     return {w.out, w.in, [view](int64_t row, float* dst) {
               dequantize_affine_row(view, row, 0, view.cols, kernels::FloatType::fp32, dst);
             }};
   }
 
  private:
+  static bool ordered(const Weight& w) { return w.parts.size() > kOrder; }
+  static Weight as_stored(Weight w) {
+    w.parts.resize(kOrder);
+    return w;
+  }
+
+  void check_order(const Weight& w) const {
+    check_part(w, kOrder, "order of the columns", at::kInt, w.in);
+    const auto* order = w.parts[kOrder].const_data_ptr<int32_t>();
+    std::vector<bool> seen(static_cast<size_t>(w.in));
+    for (int64_t p = 0; p < w.in; ++p) {
+      if (order[p] < 0 || order[p] >= w.in || seen[static_cast<size_t>(order[p])])
+        throw Error("weight", fmt::format("the order of the columns of a {} weight has {} at place "
+                                          "{}; wanted each of 0 to {} once",
+                                          name(), order[p], p, w.in - 1));
+      seen[static_cast<size_t>(order[p])] = true;
+    }
+  }
+
   int bits_;
 };
 

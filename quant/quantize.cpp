@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <budwood/quant/calibrate/hqq.h>
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/affine.h>
 #include <budwood/quant/kernels/bnb4.h>
@@ -113,6 +114,7 @@ Weight to_affine(const at::Tensor& w, const QuantizeOptions& options) {
   const int64_t out = w.size(0), in = w.size(1), size = options.block_size;
   if (size < 1)
     throw Error("quantize", fmt::format("a group has at least 1 element, found {}", size));
+  if (options.method == "hqq") return calibrate::hqq(w, {.bits = bits, .group_size = size});
   const int64_t bytes = kernels::affine_row_bytes(bits, in),
                 groups = kernels::affine_groups(in, size);
   auto codes = bytes_of({out, bytes}), zeros = bytes_of({out, groups});
@@ -120,17 +122,22 @@ Weight to_affine(const at::Tensor& w, const QuantizeOptions& options) {
   auto* code = codes.mutable_data_ptr<uint8_t>();
   auto* zero = zeros.mutable_data_ptr<uint8_t>();
   auto* scale = scales.mutable_data_ptr<float>();
+  const auto mode =
+      options.symmetric ? kernels::AffineMode::symmetric : kernels::AffineMode::asymmetric;
   for_pieces(w, in, [&](int64_t begin, int64_t, const float* values) {
     const int64_t row = begin / in;
-    return moved(
-        kernels::quantize_affine_row(bits, kernels::AffineMode::asymmetric, values, in, size,
-                                     code + row * bytes, scale + row * groups, zero + row * groups),
-        begin);
+    return moved(kernels::quantize_affine_row(bits, mode, values, in, size, code + row * bytes,
+                                              scale + row * groups, zero + row * groups),
+                 begin);
   });
   return {{codes, scales, zeros, one_integer(size)},
           bits == 4 ? Format::affine4 : Format::affine8,
           out,
           in};
+}
+
+bool is_affine(const std::string& format) {
+  return format == "int4" || format == "affine8";
 }
 
 }  // namespace
@@ -141,8 +148,20 @@ void require_quantizable(const std::string& format) {
                 fmt::format("unknown format '{}'; known: {}", format, fmt::join(kFormats, ", ")));
 }
 
+void require_method(const std::string& format, const std::string& method) {
+  if (method == "rtn" || (method == "hqq" && is_affine(format))) return;
+  throw Error("quantize", fmt::format("method '{}' for '{}'; known: rtn, and hqq for int4 and "
+                                      "affine8",
+                                      method, format));
+}
+
 Weight quantize(const at::Tensor& w, const QuantizeOptions& options) {
   require_quantizable(options.format);
+  require_method(options.format, options.method);
+  if (options.symmetric && (!is_affine(options.format) || options.method != "rtn"))
+    throw Error("quantize",
+                fmt::format("symmetric is for int4 and affine8 with rtn, found '{}' with {}",
+                            options.format, options.method));
   if (w.dim() != 2 || w.numel() == 0 || !at::isFloatingType(w.scalar_type()) || !w.is_cpu())
     throw Error("quantize",
                 fmt::format("wanted a floating point matrix on the CPU that is not empty, found "

@@ -3,7 +3,7 @@
 #include <budwood/quant/weight.h>
 #include <string>
 
-/// Plain matrices to packed weights, rounding to nearest.
+/// Plain matrices to packed weights, without data; with data see calibrate/.
 namespace budwood::quant {
 
 struct QuantizeOptions {
@@ -15,6 +15,11 @@ struct QuantizeOptions {
   int64_t block_size = 64;
   /// nf4 and fp4 only: the scales are themselves quantised to 8 bits.
   bool double_quant = false;
+  /// int4 and affine8 only: the range of a group is symmetric around 0 and so is its grid.
+  bool symmetric = false;
+  /// int4 and affine8 only: "rtn" rounds to nearest, "hqq" moves the zero points first
+  /// (calibrate/hqq.h).
+  std::string method = "rtn";
 };
 
 /// W [out, in], floating point, on the CPU. fp32 is the widest working copy and only a panel of it
@@ -24,5 +29,7 @@ Weight quantize(const at::Tensor& w, const QuantizeOptions& options = {});
 
 /// Throws Error for a format that quantize() does not know.
 void require_quantizable(const std::string& format);
+/// Throws Error for a method that quantize() does not know for this format.
+void require_method(const std::string& format, const std::string& method);
 
 }  // namespace budwood::quant

@@ -28,7 +28,9 @@ enum class Format : int64_t {
   nf4 = 3,
   fp4 = 4,
   /// Group-affine integers (kernels/affine.h): parts = {codes uint8 [out, bytes of a row], scales
-  /// fp32 [out, groups], zeros fp32 or uint8 [out, groups], group size int64 [1]}.
+  /// fp32 [out, groups], zeros fp32 or uint8 [out, groups], group size int64 [1]}. A fifth part,
+  /// int32 [in], is there when groups are not made of neighbours (GPTQ's act-order): the column of
+  /// W that each stored column is.
   affine4 = 5,
   affine8 = 6,
 

@@ -22,6 +22,12 @@ RmsNorm norm_from(WeightSource& source, const std::string& path, int64_t size, d
   return RmsNorm(source.vector(path + ".weight", size), eps);
 }
 
+InputGroup one_projection(const std::string& path, const LinearSlot& slot) {
+  InputGroup group{.projections = {{path, slot}}};
+  group.output = [slot](const at::Tensor& x, const TokenBatch&) { return slot.ptr()->forward(x); };
+  return group;
+}
+
 // Where the keys of each sequence start and end when `past` of them are cached already.
 ops::AttentionShape attention_shape(const TokenBatch& batch, int64_t past, int64_t head_dim,
                                     int64_t window) {
@@ -89,6 +95,22 @@ at::Tensor LlamaAttentionImpl::forward(const at::Tensor& x, const TokenBatch& ba
   return o_proj_(out.reshape({tokens, heads_ * head_dim_}));
 }
 
+std::vector<InputGroup> LlamaAttentionImpl::input_groups(const std::string& path,
+                                                         const RotaryTable& rotary,
+                                                         const RmsNorm& before) {
+  InputGroup qkv{.projections = {{path + ".q_proj", q_proj_, /*feeds_scores=*/true},
+                                 {path + ".k_proj", k_proj_, /*feeds_scores=*/true},
+                                 {path + ".v_proj", v_proj_}},
+                 .norm = before->weight};
+  qkv.output = [this, &rotary](const at::Tensor& x, const TokenBatch& batch) {
+    return forward(x, batch, rotary.at(batch.positions), nullptr);
+  };
+  auto out = one_projection(path + ".o_proj", o_proj_);
+  // With fewer value heads than query heads a channel of v is several of o's.
+  if (v_proj_->out_features() == o_proj_->in_features()) out.source = v_proj_;
+  return {qkv, out};
+}
+
 LlamaMlpImpl::LlamaMlpImpl(const ModelConfig& c, const std::string& path, WeightSource& source) {
   const int64_t d = c.hidden_size, ff = c.intermediate_size;
   gate_proj_ =
@@ -100,6 +122,15 @@ LlamaMlpImpl::LlamaMlpImpl(const ModelConfig& c, const std::string& path, Weight
 
 at::Tensor LlamaMlpImpl::forward(const at::Tensor& x) {
   return down_proj_(ops::swiglu(gate_proj_(x), up_proj_(x)));
+}
+
+std::vector<InputGroup> LlamaMlpImpl::input_groups(const std::string& path, const RmsNorm& before) {
+  InputGroup in{.projections = {{path + ".gate_proj", gate_proj_}, {path + ".up_proj", up_proj_}},
+                .norm = before->weight};
+  in.output = [this](const at::Tensor& x, const TokenBatch&) { return forward(x); };
+  auto out = one_projection(path + ".down_proj", down_proj_);
+  out.source = up_proj_;
+  return {in, out};
 }
 
 LlamaBlockImpl::LlamaBlockImpl(const ModelConfig& c, int64_t layer, const std::string& path,
@@ -117,6 +148,14 @@ at::Tensor LlamaBlockImpl::forward(const at::Tensor& x, const TokenBatch& batch,
                                    const RotaryTable::Angles& angles, KvCache* cache) {
   const auto h = x + self_attn_(input_layernorm_(x), batch, angles, cache);
   return h + mlp_(post_attention_layernorm_(h));
+}
+
+std::vector<InputGroup> LlamaBlockImpl::input_groups(const std::string& path,
+                                                     const RotaryTable& rotary) {
+  auto groups = self_attn_->input_groups(path + ".self_attn", rotary, input_layernorm_);
+  for (auto& group : mlp_->input_groups(path + ".mlp", post_attention_layernorm_))
+    groups.push_back(std::move(group));
+  return groups;
 }
 
 LlamaForCausalLM::LlamaForCausalLM(ModelConfig model_config, WeightSource& source)
@@ -152,6 +191,26 @@ at::Tensor LlamaForCausalLM::hidden(const TokenBatch& batch, KvCache* cache) {
 
 at::Tensor LlamaForCausalLM::logits(const at::Tensor& hidden) {
   return lm_head_.get()->forward(hidden);
+}
+
+at::Tensor LlamaForCausalLM::embed(const TokenBatch& batch) {
+  return embed_tokens_(batch.ids, dtype_);
+}
+
+std::vector<Block> LlamaForCausalLM::blocks() {
+  std::vector<Block> all;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const auto path = fmt::format("model.layers.{}", i);
+    const auto run = [this, i](const at::Tensor& x, const TokenBatch& batch) {
+      return layers_[i]->forward(x, batch, rotary_.at(batch.positions), nullptr);
+    };
+    all.push_back({path, run, layers_[i]->input_groups(path, rotary_)});
+  }
+  auto head = one_projection("lm_head", lm_head_);
+  head.norm = norm_->weight;
+  const auto run = [this](const at::Tensor& x, const TokenBatch&) { return logits(norm_(x)); };
+  all.push_back({"lm_head", run, {head}});
+  return all;
 }
 
 std::vector<at::Tensor> LlamaForCausalLM::head_parameters() const {

@@ -29,6 +29,9 @@ class LlamaAttentionImpl : public torch::nn::Module {
   /// x [tokens, hidden] -> [tokens, hidden].
   at::Tensor forward(const at::Tensor& x, const TokenBatch& batch,
                      const RotaryTable::Angles& angles, KvCache* cache);
+  /// Those who read x, and the output projection.
+  std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary,
+                                       const RmsNorm& before);
 
  private:
   int64_t layer_, heads_, kv_heads_, head_dim_, window_;
@@ -41,6 +44,7 @@ class LlamaMlpImpl : public torch::nn::Module {
  public:
   LlamaMlpImpl(const ModelConfig& config, const std::string& path, WeightSource& source);
   at::Tensor forward(const at::Tensor& x);
+  std::vector<InputGroup> input_groups(const std::string& path, const RmsNorm& before);
 
  private:
   LinearSlot gate_proj_{nullptr}, up_proj_{nullptr}, down_proj_{nullptr};
@@ -53,6 +57,7 @@ class LlamaBlockImpl : public torch::nn::Module {
                  WeightSource& source);
   at::Tensor forward(const at::Tensor& x, const TokenBatch& batch,
                      const RotaryTable::Angles& angles, KvCache* cache);
+  std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary);
 
  private:
   RmsNorm input_layernorm_{nullptr}, post_attention_layernorm_{nullptr};
@@ -69,6 +74,8 @@ class LlamaForCausalLM : public CausalLM {
   at::Tensor logits(const at::Tensor& hidden) override;
   std::vector<at::Tensor> head_parameters() const override;
   at::ScalarType dtype() const override { return dtype_; }
+  at::Tensor embed(const TokenBatch& batch) override;
+  std::vector<Block> blocks() override;
 
  private:
   at::ScalarType dtype_;

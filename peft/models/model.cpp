@@ -2,12 +2,21 @@
 
 #include <budwood/peft/models/model.h>
 #include <budwood/peft/ops/cross_entropy.h>
+#include <budwood/quant/error.h>
 
 namespace budwood::models {
 
 at::Tensor CausalLM::forward(const at::Tensor& ids) {
   const auto out = logits(hidden(TokenBatch::from_rows(ids)));
   return out.view({ids.size(0), ids.size(1), out.size(-1)});
+}
+
+at::Tensor CausalLM::embed(const TokenBatch&) {
+  throw Error("embed", "a model of type '" + config_.model_type + "' does not come in blocks");
+}
+
+std::vector<Block> CausalLM::blocks() {
+  throw Error("blocks", "a model of type '" + config_.model_type + "' does not come in blocks");
 }
 
 LossSum CausalLM::loss(const TokenBatch& batch, const at::Tensor& labels) {

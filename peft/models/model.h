@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 
 #include <budwood/peft/models/batch.h>
+#include <budwood/peft/models/blocks.h>
 #include <budwood/peft/models/config.h>
 #include <budwood/peft/models/kv_cache.h>
 #include <memory>
@@ -43,6 +44,12 @@ class CausalLM : public torch::nn::Module {
   virtual std::vector<at::Tensor> head_parameters() const = 0;
   /// dtype of activations.
   virtual at::ScalarType dtype() const = 0;
+
+  /// Token embeddings [tokens, hidden], what the first block reads.
+  virtual at::Tensor embed(const TokenBatch& batch);
+  /// The blocks in order, the last of them the final norm with the head. They share the model's
+  /// modules. Throws Error for a model that does not come in blocks.
+  virtual std::vector<Block> blocks();
 
  private:
   ModelConfig config_;

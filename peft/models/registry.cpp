@@ -52,7 +52,10 @@ void require_all_used(const WeightSource& source, const ModelConfig& config,
 }
 
 bool wants_packed(const std::string& path, bool folder, const LoadOptions& options) {
-  if (!options.quantize.empty()) quant::require_quantizable(options.quantize);
+  if (!options.quantize.empty()) {
+    quant::require_quantizable(options.quantize);
+    quant::require_method(options.quantize, options.quantize_method);
+  }
   if (options.weights == "auto") return !folder && options.quantize.empty();
   if (options.weights == "dense") return false;
   if (options.weights != "packed")
@@ -79,6 +82,7 @@ std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source,
   } else {
     QuantizingSource quantizing(source,
                                 {.format = options.quantize,
+                                        .method = options.quantize_method,
                                  .block_size = options.block_size,
                                  .double_quant = options.double_quant},
                                 options.quantize_skip, options.on_quantized);

@@ -22,6 +22,8 @@ struct LoadOptions {
   /// Quantises each matrix while loading, tensor by tensor: "nf4", "fp4", "int8", "int4",
   /// "affine8"; empty = not. What the rest of the name does not say stands in quant/quantize.h.
   std::string quantize = "";
+  /// How: "rtn" rounds to nearest; "hqq", for int4 and affine8, moves the zero points first.
+  std::string quantize_method = "rtn";
   int64_t block_size = 64;
   bool double_quant = false;
   /// Matrices whose names contain one of these are left as they are.

@@ -60,12 +60,12 @@ void check_form(const char* where, int bits, int64_t group_size) {
   }
 }
 
-struct Grid {
-  float scale;
-  int32_t zero;
-};
+}  // namespace
 
-Grid grid_of(AffineMode mode, float least, float most, int bits) {
+const AffinePath kAffineScalar = {decode_4, decode_8};
+const AffineEncoder kAffineEncodeScalar = {range, encode};
+
+AffineGrid affine_grid(int bits, AffineMode mode, float least, float most) {
   const auto top = static_cast<float>((1 << bits) - 1);
   if (mode == AffineMode::symmetric) {
     most = std::max(-least, most);
@@ -80,11 +80,6 @@ Grid grid_of(AffineMode mode, float least, float most, int bits) {
   }
   return {scale, static_cast<int32_t>(std::clamp(std::nearbyint(-least / scale), 0.0f, top))};
 }
-
-}  // namespace
-
-const AffinePath kAffineScalar = {decode_4, decode_8};
-const AffineEncoder kAffineEncodeScalar = {range, encode};
 
 void pack_affine_codes(int bits, const uint8_t* src, int64_t n, uint8_t* codes) {
   check_form("pack_affine_codes", bits, 1);
@@ -127,7 +122,7 @@ QuantizeStatus quantize_affine_row(int bits, AffineMode mode, const float* src, 
           std::find_if(src + begin, src + end, [](float v) { return !std::isfinite(v); });
       return {Fault::not_finite, bad - src};
     }
-    const Grid grid = grid_of(mode, least, most, bits);
+    const AffineGrid grid = affine_grid(bits, mode, least, most);
     if (!std::isfinite(grid.scale)) {
       return {Fault::out_of_range, begin};
     }

@@ -28,6 +28,15 @@ enum class AffineMode {
   symmetric,   ///< from -max |w| to max |w|; zero = 2^(bits - 1)
 };
 
+struct AffineGrid {
+  float scale = 1.0f;
+  int32_t zero = 0;
+};
+
+/// The grid of a group whose smallest and largest values, 0 among them, are given; its scale is not
+/// finite when the range is beyond fp32.
+AffineGrid affine_grid(int bits, AffineMode mode, float least, float most);
+
 /// One row, round to nearest (ties to even): scale = range / (2^bits - 1), q = clamp(round(w /
 /// scale)
 /// + zero). codes [affine_row_bytes], scales and zero_points [affine_groups]. A group of zeros has

@@ -40,6 +40,26 @@ TEST_CASE(
     }
 }
 
+TEST_CASE("columns may be stored in another order") {
+  torch::manual_seed(0);
+  for (const char* format : {"int4", "affine8"}) {
+    auto w = quantize(torch::randn({37, 75}), {.format = format, .block_size = 32});
+    const auto order = torch::randperm(75);
+    w.parts.push_back(order.to(at::kInt));
+    const auto in_order = [&](const at::Tensor& stored) {
+      return torch::empty_like(stored).index_copy_(1, order, stored);
+    };
+    check_products(w, in_order(decoded(w, 32)));
+    const auto moved = with_part(w, 2, w.parts[2].to(at::kFloat) + 0.37);
+    check_products(moved, in_order(decoded(moved, 32)));
+    check_refused(with_part(w, 4, order));
+    check_refused(with_part(w, 4, w.parts[4].slice(0, 1).contiguous()));
+    check_refused(with_part(w, 4, w.parts[4] + 1));
+    check_refused(with_part(w, 4, w.parts[4] - 1));
+    check_refused(with_part(w, 4, torch::zeros({75}, at::kInt)));
+  }
+}
+
 TEST_CASE("int8 rows multiply like their dequantised matrix") {
   torch::manual_seed(0);
   const auto plain = torch::randn({37, 75});

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <budwood/quant/weight.h>
+
+namespace budwood::quant::calibrate {
+
+struct GptqOptions {
+  int64_t bits = 4;         ///< 4 or 8
+  int64_t group_size = 64;  ///< columns that share a scale; -1 = a whole row
+  /// Quantises the columns with the largest inputs first. Unless static_groups is set, a group is
+  /// then no run of neighbours and the weight carries the order of its columns.
+  bool act_order = false;
+  /// Takes the scales of the groups, runs of neighbours, from the weight before any update.
+  bool static_groups = false;
+  /// Added to the Hessian's diagonal, as a part of the diagonal's mean.
+  double damping = 0.01;
+  bool symmetric = false;
+  /// Columns that are updated one by one before the rest is updated at once. Speed only.
+  int64_t block = 128;
+};
+
+/// GPTQ (arXiv 2210.17323): rounds W [out, in] column by column and lets the columns to come take
+/// up each column's error, as the inputs' `hessian` [in, in] (HessianSum::mean, any factor) says.
+/// Arithmetic is fp64. A column whose inputs were all 0 becomes 0. Throws Error for values that are
+/// not finite and for a Hessian that is not positive definite with this damping.
+Weight gptq(const at::Tensor& w, const at::Tensor& hessian, const GptqOptions& options = {});
+
+}  // namespace budwood::quant::calibrate
