@@ -30,6 +30,15 @@ struct InputGroup {
   std::function<at::Tensor(const at::Tensor& x, const TokenBatch& batch)> output = {};
 };
 
+/// True when a factor on the channels of the group's input has a place to go.
+bool can_move_scale(const InputGroup& group);
+
+/// Multiplies the columns of the projections by `scale` [in], positive, and divides the channels
+/// where their input is made; the model computes what it did. The weights become dense fp32.
+/// Returns the scale that was used: what the norm's dtype can hold exactly. Throws Error when the
+/// factor has nowhere to go.
+at::Tensor move_scale(const InputGroup& group, const at::Tensor& scale);
+
 struct Block {
   std::string path;
   /// x [tokens, hidden] -> [tokens, hidden]; of the last block, the head, logits.

@@ -135,6 +135,11 @@ std::vector<Seen> observe(const Block& block, const std::vector<Running>& runnin
   return seen;
 }
 
+at::Tensor weight_of(const Projection& projection) {
+  const auto& w = projection.slot->weight();
+  return w.rows(0, w.out, at::kFloat);
+}
+
 // A projection on its way: `work` = diag(1 / rows) W diag(columns) is what gets rounded.
 struct Layer {
   Projection projection;
@@ -150,10 +155,9 @@ struct Layer {
 Layer layer_of(const Projection& projection, const CalibrateOptions& options) {
   Layer layer{projection, {}, {}, {}, skipped(projection, options), 0};
   if (layer.skip) return layer;
-  const auto& w = projection.slot->weight();
-  layer.work = w.rows(0, w.out, at::kFloat);
-  layer.rows = at::ones({w.out, 1}, at::kFloat);
-  layer.columns = at::ones({1, w.in}, at::kFloat);
+  layer.work = weight_of(projection);
+  layer.rows = at::ones({layer.work.size(0), 1}, at::kFloat);
+  layer.columns = at::ones({1, layer.work.size(1)}, at::kFloat);
   return layer;
 }
 
@@ -248,6 +252,9 @@ class BlockCalibration {
     for (size_t g = 0; g < layers_.size(); ++g) scales.push_back(scale_of(g));
     for (size_t g = 0; g < layers_.size(); ++g)
       if (scales[g] && scales[g]->ratio > 0) fold(g, *scales[g]);
+    for (auto& group : layers_)
+      for (auto& layer : group)
+        if (!layer.skip) layer.work = weight_of(layer.projection);
   }
 
   // None where there is nowhere to put the factor, or a projection that it must not touch.
@@ -255,10 +262,8 @@ class BlockCalibration {
     const auto& group = block_.groups[g];
     const auto& layers = layers_[g];
     if (std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return l.skip; })) return {};
-    if (!group.norm.defined()) {
-      const auto* source = group.source.is_empty() ? nullptr : find(group.source);
-      if (!source || source->skip) return {};
-    }
+    if (!can_move_scale(group)) return {};
+    if (const auto* source = find(group.source); !group.norm.defined() && source->skip) return {};
     std::vector<at::Tensor> weights;
     for (const auto& layer : layers) weights.push_back(layer.work);
     const auto& mean = seen_[g].hessian.mean();
@@ -302,21 +307,12 @@ class BlockCalibration {
   }
 
   void fold(size_t g, const cal::AwqScale& found) {
-    const auto& group = block_.groups[g];
-    auto scale = found.scale;
-    if (group.norm.defined()) {
-      // The scale becomes what the norm's dtype can hold, so that the fold loses nothing.
-      const auto old = group.norm.to(at::kFloat), stored = old.div(scale).to(group.norm.dtype());
-      scale = at::where(stored == 0, scale, old / stored);
-      at::Tensor(group.norm).copy_(stored);
-    } else {
-      auto* source = find(group.source);
-      source->work = source->work / scale.unsqueeze(1);
+    const auto scale = move_scale(block_.groups[g], found.scale);
+    if (!block_.groups[g].norm.defined()) {
+      auto* source = find(block_.groups[g].source);
       source->rows = source->rows * scale.unsqueeze(1);
-      if (auto bias = group.source->bias(); bias.defined()) bias.div_(scale);
     }
     for (auto& layer : layers_[g]) {
-      layer.work = layer.work * scale;
       layer.columns = scale.unsqueeze(0);
       layer.ratio = found.ratio;
     }

@@ -18,8 +18,8 @@ constexpr const char* kWhere = "weight_from_gptq";
 // bytes are those of our own rows.
 static_assert(std::endian::native == std::endian::little);
 
-at::Tensor row_bytes(const at::Tensor& words) {
-  return words.t().contiguous().view(at::kByte);
+at::Tensor bytes_of(const at::Tensor& words) {
+  return words.clone(at::MemoryFormat::Contiguous).view(at::kByte);
 }
 
 // [groups, out * bits / 32] words -> zero points [out, groups].
@@ -27,7 +27,7 @@ at::Tensor zero_points(const at::Tensor& words, int64_t bits, bool v2, int64_t o
   // The writer subtracted 1 from each field of the whole word, with borrows; this takes it back.
   const auto one_each = static_cast<int32_t>(bits == 4 ? 0x11111111 : 0x01010101);
   const auto plain = v2 ? words : words + one_each;
-  const auto bytes = plain.contiguous().view(at::kByte);
+  const auto bytes = bytes_of(plain);
   auto fields = bytes;
   if (bits == 4) fields = at::stack({bytes.bitwise_and(15), bytes.__rshift__(4)}, 2);
   return fields.reshape({words.size(0), out}).t().contiguous();
@@ -101,7 +101,7 @@ Weight weight_from_gptq(const at::Tensor& qweight, const at::Tensor& qzeros,
   const int64_t groups = kernels::affine_groups(in, size);
   const auto words = checkpoint_part(kWhere, "qweight", qweight, {in / per_word, out});
   const auto zeros = checkpoint_part(kWhere, "qzeros", qzeros, {groups, out / per_word});
-  Weight w{{row_bytes(words), checkpoint_scales(kWhere, scales, groups, out),
+  Weight w{{bytes_of(words.t()), checkpoint_scales(kWhere, scales, groups, out),
             zero_points(zeros, bits, v2, out),
             at::full({1}, size, at::TensorOptions().dtype(at::kLong))},
            bits == 4 ? Format::affine4 : Format::affine8,
