@@ -4,9 +4,11 @@
 
 #include <budwood/peft/inject.h>
 #include <budwood/peft/inspect.h>
+#include <budwood/peft/models/quantize_files.h>
 #include <budwood/peft/models/registry.h>
 #include <budwood/quant/kernels/isa.h>
 #include <budwood/version.h>
+#include <algorithm>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
@@ -28,6 +30,46 @@ void run_merge(const MergeArguments& arguments) {
                          .tokenizer_from = arguments.model});
   std::cout << fmt::format("merged {} places of {} into {}\n", report.places.size(),
                            arguments.adapter, arguments.out);
+}
+
+void run_quantize(budwood::models::QuantizeFilesOptions& options) {
+  const auto report = budwood::models::quantize_files(options);
+  for (const auto& warning : report.warnings) std::cerr << "warning: " << warning << "\n";
+  std::cout << fmt::format(
+      "{} matrices, {:.1f} M weights at {:.2f} bits, error {:.2f} %, written to {}\n",
+      report.matrices.size(), static_cast<double>(report.weights) / 1e6,
+      8.0 * static_cast<double>(report.bytes) /
+          static_cast<double>(std::max<int64_t>(1, report.weights)),
+      100 * report.error, options.out);
+}
+
+void add_quantize_options(CLI::App& verb, budwood::models::QuantizeFilesOptions& options) {
+  verb.add_option("--model", options.model, "Hugging Face folder or GGUF file")->required();
+  verb.add_option("--out", options.out, "Folder, or GGUF file, to write")->required();
+  verb.add_option("--format", options.format,
+                  "nf4, fp4, int8, int4; for a GGUF q4_0, q4_1, q8_0, f16, bf16, f32")
+      ->capture_default_str();
+  verb.add_option("--method", options.method, "rtn; for int4 and int8 also hqq, gptq, awq")
+      ->capture_default_str();
+  verb.add_option("--calibration", options.calibration, "Token file, for gptq and awq");
+  verb.add_option("--block-size", options.block_size, "Numbers of a row that share a scale")
+      ->capture_default_str();
+  verb.add_flag("--double-quant", options.double_quant, "nf4 and fp4: pack the scales too");
+  verb.add_option("--act-order", options.act_order, "gptq: large activations first")
+      ->capture_default_str();
+  verb.add_option("--static-groups", options.static_groups, "gptq: groups of neighbours")
+      ->capture_default_str();
+  verb.add_option("--calibration-tokens", options.calibration_tokens, "Tokens that are used")
+      ->capture_default_str();
+  verb.add_option("--sequence-length", options.sequence_length, "Longest calibration sequence")
+      ->capture_default_str();
+  verb.add_option("--skip", options.skip, "Matrices with this in their names stay plain")
+      ->capture_default_str();
+  verb.add_option("--dtype", options.dtype, "auto, float32, bfloat16 or float16")
+      ->capture_default_str();
+  verb.add_option("--max-shard-size", options.max_shard_size, "Bytes of one file")
+      ->capture_default_str();
+  verb.add_flag("--overwrite", options.overwrite, "Replace the output");
 }
 
 std::string shape_of(const nlohmann::ordered_json& tensor) {
@@ -83,6 +125,10 @@ int main(int argc, char** argv) try {
   merge->add_option("--max-shard-size", merging.max_shard_size, "Bytes of one file")
       ->capture_default_str();
 
+  budwood::models::QuantizeFilesOptions quantizing;
+  auto* quantize = app.add_subcommand("quantize", "Pack a model's weights in 4 or 8 bits");
+  add_quantize_options(*quantize, quantizing);
+
   CLI11_PARSE(app, argc, argv);
   if (*inspect) {
     const auto text = budwood::inspect(path);
@@ -92,6 +138,8 @@ int main(int argc, char** argv) try {
       print_inspection(nlohmann::ordered_json::parse(text));
   } else if (*merge) {
     run_merge(merging);
+  } else if (*quantize) {
+    run_quantize(quantizing);
   }
   return 0;
 } catch (const std::exception& e) {

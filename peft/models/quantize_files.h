@@ -19,7 +19,7 @@ struct QuantizeFilesOptions {
   int64_t block_size = 64;    ///< elements that share a scale; not for GGUF formats
   bool double_quant = false;  ///< nf4, fp4: pack the scales too
   bool act_order = true;      ///< gptq: columns of large activations first
-  bool static_groups = true;  ///< gptq: groups are runs of columns also with act_order
+  bool static_groups = true;  ///< gptq: groups are runs of neighbours also with act_order
   /// Matrices whose names contain one of these stay plain.
   std::vector<std::string> skip = {"lm_head", "embed"};
   std::string dtype = "auto";         ///< of activations and plain weights

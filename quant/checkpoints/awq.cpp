@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <budwood/quant/checkpoints/awq.h>
+#include <budwood/quant/checkpoints/checkpoint.h>
 #include <budwood/quant/checkpoints/checkpoint_part.h>
 #include <budwood/quant/checkpoints/config_json.h>
 #include <budwood/quant/kernels/affine.h>
@@ -86,5 +87,27 @@ Weight weight_from_awq(const at::Tensor& qweight, const at::Tensor& qzeros,
           out,
           in};
 }
+
+namespace {
+
+class Awq final : public Checkpoint {
+ public:
+  explicit Awq(const std::string& text) : config_(AwqConfig::from_json(text)) {}
+  bool packed(const StoredParts& parts) const override { return parts.contains("qweight"); }
+  Weight read(const StoredParts& parts, int64_t out, int64_t in) const override {
+    refuse_other_parts(parts, {"qweight", "qzeros", "scales"});
+    return weight_from_awq(required_part(parts, "qweight"), required_part(parts, "qzeros"),
+                           required_part(parts, "scales"), config_.bits, config_.group_size, out,
+                           in);
+  }
+
+ private:
+  AwqConfig config_;
+};
+
+const bool registered =
+    register_checkpoint("awq", [](const std::string& text) { return std::make_unique<Awq>(text); });
+
+}  // namespace
 
 }  // namespace budwood::quant

@@ -106,9 +106,7 @@ void check_map(const at::Tensor& map, const float* table, const char* name) {
 
 // With quant_storage other than uint8 the same bytes have another dtype.
 at::Tensor code_bytes(const StoredParts& parts, int64_t count) {
-  const auto it = parts.find("weight");
-  if (it == parts.end()) throw Error("load", "the codes 'weight' are missing");
-  const auto bytes = it->second.contiguous().view({-1}).view(at::kByte);
+  const auto bytes = required_part(parts, "weight").contiguous().view({-1}).view(at::kByte);
   if (bytes.numel() != count)
     throw Error("load",
                 fmt::format("'weight' holds {} bytes of codes, wanted {}", bytes.numel(), count));

@@ -40,15 +40,17 @@ std::unique_ptr<Checkpoint> open_checkpoint(const std::string& quantization_conf
   return it->second(quantization_config);
 }
 
+at::Tensor required_part(const StoredParts& parts, const std::string& name) {
+  const auto it = parts.find(name);
+  if (it != parts.end()) return it->second;
+  std::vector<std::string> names;
+  for (const auto& [found, tensor] : parts) names.push_back(found);
+  throw Error("load", fmt::format("'{}' is missing; found: {}", name, fmt::join(names, ", ")));
+}
+
 at::Tensor take_part(const StoredParts& parts, const std::string& name, at::ScalarType type,
                      int64_t count) {
-  const auto it = parts.find(name);
-  if (it == parts.end()) {
-    std::vector<std::string> names;
-    for (const auto& [found, tensor] : parts) names.push_back(found);
-    throw Error("load", fmt::format("'{}' is missing; found: {}", name, fmt::join(names, ", ")));
-  }
-  const auto& part = it->second;
+  const auto part = required_part(parts, name);
   if (part.scalar_type() != type || part.numel() != count)
     throw Error("load",
                 fmt::format("'{}' holds {} elements of {}, wanted {} of {}", name, part.numel(),

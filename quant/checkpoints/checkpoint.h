@@ -49,6 +49,8 @@ CheckpointWriter checkpoint_writer(const std::vector<const Weight*>& weights, at
 
 // What readers check parts with; errors name the part, what was found and what was wanted.
 
+/// The part, whatever it is.
+at::Tensor required_part(const StoredParts& parts, const std::string& name);
 /// The part, of that dtype and number of elements, contiguous.
 at::Tensor take_part(const StoredParts& parts, const std::string& name, at::ScalarType type,
                      int64_t count);

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
 
+#include <budwood/quant/checkpoints/checkpoint.h>
 #include <budwood/quant/checkpoints/checkpoint_part.h>
 #include <budwood/quant/checkpoints/config_json.h>
 #include <budwood/quant/checkpoints/gptq.h>
@@ -116,5 +117,29 @@ Weight weight_from_gptq(const at::Tensor& qweight, const at::Tensor& qzeros,
   }
   return w;
 }
+
+namespace {
+
+class Gptq final : public Checkpoint {
+ public:
+  explicit Gptq(const std::string& text) : config_(GptqConfig::from_json(text)) {}
+  bool packed(const StoredParts& parts) const override { return parts.contains("qweight"); }
+  Weight read(const StoredParts& parts, int64_t out, int64_t in) const override {
+    refuse_other_parts(parts, {"qweight", "qzeros", "scales", "g_idx"});
+    std::optional<at::Tensor> g_idx;
+    if (parts.contains("g_idx")) g_idx = parts.at("g_idx");
+    return weight_from_gptq(required_part(parts, "qweight"), required_part(parts, "qzeros"),
+                            required_part(parts, "scales"), g_idx, config_.bits, config_.group_size,
+                            config_.v2, out, in);
+  }
+
+ private:
+  GptqConfig config_;
+};
+
+const bool registered = register_checkpoint(
+    "gptq", [](const std::string& text) { return std::make_unique<Gptq>(text); });
+
+}  // namespace
 
 }  // namespace budwood::quant

@@ -10,7 +10,7 @@ namespace budwood::quant {
 namespace {
 
 constexpr int64_t kVersion = 1;
-constexpr const char* kColumns = "weight.group_of_column";
+constexpr const char* kOrder = "weight.column_order";
 
 at::Tensor finite(at::Tensor part, const char* name) {
   if (!part.isfinite().all().item<bool>())
@@ -52,7 +52,7 @@ const bool registered = register_checkpoint(
 
 Weight weight_from_integers(const StoredParts& parts, int bits, int64_t out, int64_t in) {
   refuse_other_parts(
-      parts, {"weight.codes", "weight.scales", "weight.zeros", "weight.group_size", kColumns});
+      parts, {"weight.codes", "weight.scales", "weight.zeros", "weight.group_size", kOrder});
   const auto size = take_part(parts, "weight.group_size", at::kLong, 1);
   const auto group_size = size.item<int64_t>();
   if (group_size < 1)
@@ -69,7 +69,7 @@ Weight weight_from_integers(const StoredParts& parts, int bits, int64_t out, int
            bits == 4 ? Format::affine4 : Format::affine8,
            out,
            in};
-  if (parts.contains(kColumns)) w.parts.push_back(take_part(parts, kColumns, at::kInt, in));
+  if (parts.contains(kOrder)) w.parts.push_back(take_part(parts, kOrder, at::kInt, in));
   return Weight::from_parts(std::move(w.parts), static_cast<int64_t>(w.format), out, in);
 }
 
@@ -81,7 +81,7 @@ StoredParts integer_parts(const Weight& w) {
                        {"weight.scales", w.parts[1]},
                        {"weight.zeros", w.parts[2]},
                        {"weight.group_size", w.parts[3]}};
-  if (w.parts.size() > 4) parts[kColumns] = w.parts[4];
+  if (w.parts.size() > 4) parts[kOrder] = w.parts[4];
   return parts;
 }
 

@@ -6,8 +6,8 @@
 /// and AWQ's layouts cannot hold, fp32 scales and zero points that need not be integers.
 ///
 /// "weight.codes" uint8 [out, bytes of a row], "weight.scales" fp32 [out, groups], "weight.zeros"
-/// uint8 or fp32 [out, groups], "weight.group_size" int64 [1], and where columns are not in the
-/// order of their groups "weight.group_of_column" int32 [in].
+/// uint8 or fp32 [out, groups], "weight.group_size" int64 [1], and where columns are stored in
+/// another order than that of W "weight.column_order" int32 [in].
 namespace budwood::quant {
 
 /// bits: 4 or 8. Throws Error when parts and shape do not fit each other or a scale is not finite.
