@@ -1,8 +1,6 @@
 #include <fmt/format.h>
 
 #include <budwood/quant/error.h>
-#include <budwood/quant/kernels/affine.h>
-#include <budwood/quant/kernels/int8.h>
 #include <budwood/quant/packed_form.h>
 
 namespace budwood::quant {
@@ -26,7 +24,7 @@ class Affine final : public PackedForm {
   }
 
  protected:
-  PackedRows open(const Weight& w) const override {
+  std::unique_ptr<kernels::Matrix> open(const Weight& w) const override {
     kernels::AffineView view{.bits = bits_,
                              .codes = w.parts[kCodes].const_data_ptr<uint8_t>(),
                              .scales = w.parts[kScales].const_data_ptr<float>(),
@@ -37,9 +35,7 @@ class Affine final : public PackedForm {
       view.zero_points = w.parts[kZeros].const_data_ptr<uint8_t>();
     else
       view.zeros = w.parts[kZeros].const_data_ptr<float>();
-    return {w.out, w.in, [view](int64_t row, float* dst) {
-              dequantize_affine_row(view, row, 0, view.cols, kernels::FloatType::fp32, dst);
-            }};
+    return std::make_unique<kernels::AffineMatrix>(view);
   }
 
  private:
@@ -57,13 +53,9 @@ class Int8Rows final : public PackedForm {
   }
 
  protected:
-  PackedRows open(const Weight& w) const override {
-    const int8_t* codes = w.parts[0].const_data_ptr<int8_t>();
-    const float* scales = w.parts[1].const_data_ptr<float>();
-    return {w.out, w.in, [=, cols = w.in](int64_t row, float* dst) {
-              kernels::dequantize_int8_row(codes + row * cols, scales[row], cols,
-                                           kernels::FloatType::fp32, dst);
-            }};
+  std::unique_ptr<kernels::Matrix> open(const Weight& w) const override {
+    return std::make_unique<kernels::Int8Matrix>(w.parts[0].const_data_ptr<int8_t>(),
+                                                 w.parts[1].const_data_ptr<float>(), w.out, w.in);
   }
 };
 

@@ -54,6 +54,10 @@ int64_t row_bytes(GgmlType type, int64_t n);
 /// Decodes n elements (a multiple of the block) from src to dst; src needs no alignment.
 void dequantize_row(GgmlType type, const void* src, float* dst, int64_t n);
 
+/// The same for `rows` rows of n elements, src_stride bytes and dst_stride floats apart.
+void dequantize_rows(GgmlType type, const void* src, int64_t src_stride, int64_t rows, float* dst,
+                     int64_t dst_stride, int64_t n);
+
 /// True for f32, f16, bf16, q4_0, q4_1 and q8_0.
 bool can_quantize(GgmlType type);
 
