@@ -1,14 +1,10 @@
-#include <budwood/quant/kernels/gemm.h>
-#include <budwood/quant/kernels/gemm_paths.h>
+#include <budwood/quant/kernels/gemm_job.h>
 #include <budwood/quant/kernels/isa.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
+#include <cstring>
 
 namespace budwood::quant::kernels {
+namespace gemm {
 namespace {
 
 // Rows of a panel: 256 KB of the second cache.
@@ -21,150 +17,10 @@ constexpr int64_t kTaskRows = 1152;
 // What is decoded before it is transposed.
 constexpr int64_t kScratchRows = 16;
 constexpr int64_t kScratchCols = 256;
-// Up to here every row of W is multiplied as soon as it is decoded.
-constexpr int64_t kFewTokens = 8;
-constexpr int64_t kFewRows = 32;
-constexpr int64_t kFewCols = 1024;
-// Not a power of two: the rows would share their places in the first cache.
-constexpr int64_t kFewStride = kFewCols + 16;
-// Multiplications that are worth another thread.
-constexpr int64_t kGrain = 1 << 19;
-
-int64_t ceil_div(int64_t n, int64_t by) {
-  return (n + by - 1) / by;
-}
-int64_t round_up(int64_t n, int64_t to) {
-  return ceil_div(n, to) * to;
-}
-
-/// Grows, and stays for the thread's next product.
-class Workspace {
- public:
-  float* floats(int64_t n) {
-    if (n > size_) {
-      size_ = round_up(n, 1024);
-      data_.reset();
-      data_.reset(static_cast<float*>(
-          std::aligned_alloc(4096, static_cast<size_t>(size_) * sizeof(float))));
-      if (data_ == nullptr) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
-  int64_t size_ = 0;
-};
-
-Workspace& workspace() {
-  thread_local Workspace mine;
-  return mine;
-}
-
-const GemmPath& path() {
-  return active_path(kGemmScalar, kGemmAvx2, kGemmAvx512);
-}
-
-/// Element (row, col) of rows of floats.
-template <class Rows>
-auto* place(const Rows& rows, int64_t row, int64_t col) {
-  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(rows.data)>>,
-                                  const char, char>;
-  return static_cast<Byte*>(rows.data) + (row * rows.stride + col) * float_bytes(rows.type);
-}
-
-/// Calls task(i) for i in [0, tasks), handed out one by one to as many threads as the work is
-/// worth.
-template <class MakeWorker>
-void hand_out(const Threads& threads, int64_t tasks, int64_t work, const MakeWorker& make_worker) {
-  const int64_t worth = std::min({int64_t{threads.count}, tasks, 1 + work / kGrain});
-  std::atomic<int64_t> next = 0;
-  const std::function<void(int)> body = [&](int) {
-    auto worker = make_worker();
-    for (int64_t i = next++; i < tasks; i = next++) {
-      worker(i);
-    }
-  };
-  if (worth > 1 && threads.run) {
-    threads.run(static_cast<int>(worth), body);
-  } else {
-    body(0);
-  }
-}
-
-/// One row of sums to y.
-void store_row(float* sums, int64_t n, const MutableFloatRows& y, int64_t row, int64_t col,
-               bool add) {
-  auto* to = place(y, row, col);
-  if (add) {
-    float old[kFewCols];
-    for (int64_t i = 0; i < n; i += kFewCols) {
-      const int64_t here = std::min(n - i, kFewCols);
-      to_fp32(y.type, to + i * float_bytes(y.type), old, here);
-      for (int64_t j = 0; j < here; ++j) {
-        sums[i + j] = old[j] + sums[i + j];
-      }
-    }
-  }
-  fp32_to(y.type, sums, to, n);
-}
-
-// --- Many rows of x ----------------------------------------------------------------------------
-
-struct Job {
-  const Matrix& w;
-  bool transposed;
-  const FloatRows& x;
-  int64_t m;
-  const MutableFloatRows& y;
-  const GemmOptions& options;
-  int64_t n = 0, k = 0;
-  bool bf16 = false;      ///< arithmetic
-  bool in_place = false;  ///< W is read where it lies
-  int64_t panels = 1;     ///< side by side in a task, so that blocks of W are decoded once
-  int64_t inner = 0;      ///< rows of a panel
-  int64_t blocks = 0;     ///< of the inner dimension
-  int64_t groups = 0;     ///< of panels
-  int64_t parts = 1;      ///< of the rows of x, for the groups before last_groups
-  int64_t last_groups = 0, last_parts = 1;
-
-  Job(const Matrix& matrix, bool transpose, const FloatRows& x_rows, int64_t rows,
-      const MutableFloatRows& y_rows, const GemmOptions& how)
-      : w(matrix), transposed(transpose), x(x_rows), m(rows), y(y_rows), options(how) {
-    n = transposed ? w.rows() : w.cols();
-    k = transposed ? w.cols() : w.rows();
-    bf16 = x.type == FloatType::bf16 && !options.exact && has_avx512_bf16();
-    if (!transposed) {
-      panels = std::max<int64_t>(1, w.block() / kPanelWidth);
-      in_place = !bf16 && w.floats() != nullptr && m <= kRowsInPlace;
-    }
-    const int64_t most = in_place ? kInnerInPlace : kInner / panels;
-    blocks = std::max<int64_t>(1, ceil_div(k, most));
-    inner = round_up(std::max<int64_t>(1, ceil_div(k, blocks)), 256);
-    blocks = std::max<int64_t>(1, ceil_div(k, inner));
-    groups = ceil_div(n, panels * kPanelWidth);
-    parts = last_parts = ceil_div(m, kTaskRows / panels);
-    // The groups that do not go round evenly are cut into rows.
-    const int64_t threads = options.threads.count;
-    if (threads > 1) {
-      last_groups = std::min(groups, groups % threads + (groups >= 4 * threads ? threads : 0));
-      const int64_t least = in_place ? kTileRows : 4 * kTileRows;
-      last_parts = std::max(parts, std::min(ceil_div(m, least), 2 * threads));
-    }
-  }
-
-  int64_t tasks() const { return (groups - last_groups) * parts + last_groups * last_parts; }
-};
 
 class Worker {
  public:
-  explicit Worker(const Job& job) : job_(job), path_(path()) {
+  explicit Worker(const Job& job) : job_(job), path_(gemm_path()) {
     const int64_t width = job.panels * kPanelWidth;
     const int64_t sizes[] = {job.inner * width,
                              job.options.low_rank.rank * width,
@@ -430,114 +286,68 @@ void multiply_many(const Job& job) {
   hand_out(job.options.threads, job.tasks(), job.n * job.k * job.m, [&] { return Worker(job); });
 }
 
-// --- Few rows of x ------------------------------------------------------------------------------
+}  // namespace
 
-class FewWorker {
- public:
-  FewWorker(const Job& job, const float* x, int64_t x_stride)
-      : job_(job), path_(path()), x_(x), x_stride_(x_stride) {}
-
-  void operator()(int64_t task) {
-    const int64_t begin = task * kFewRows, end = std::min(job_.n, begin + kFewRows);
-    for (int64_t row = begin; row < end; row += kDotRows) {
-      const int64_t rows = std::min(kDotRows, end - row);
-      float* sums = sums_ + (row - begin);
-      for (int64_t t = 0; t < job_.m; ++t) {
-        std::fill_n(sums + t * kFewRows, rows, 0.0f);
-      }
-      for (int64_t col = 0; col < job_.k; col += kFewCols) {
-        const int64_t cols = std::min(kFewCols, job_.k - col);
-        float found[kDotRows];
-        if (job_.m == 1 && rows == kDotRows && job_.w.dot(row, col, cols, x_ + col, found)) {
-          for (int64_t r = 0; r < rows; ++r) {
-            sums[r] += found[r];
-          }
-        } else if (job_.w.floats() != nullptr) {
-          add(job_.w.floats() + row * job_.w.stride() + col, job_.w.stride(), rows, x_ + col,
-              x_stride_, cols, 1.0f, sums);
-        } else {
-          job_.w.decode(row, rows, col, cols, piece_, kFewStride);
-          add(piece_, kFewStride, rows, x_ + col, x_stride_, cols, 1.0f, sums);
-        }
-      }
-      add_low_rank(row, rows, sums);
-    }
-    for (int64_t t = 0; t < job_.m; ++t) {
-      float* sums = sums_ + t * kFewRows;
-      for (int64_t i = 0; i < end - begin && job_.options.bias != nullptr; ++i) {
-        sums[i] += job_.options.bias[begin + i];
-      }
-      store_row(sums, end - begin, job_.y, t, begin, job_.options.add);
-    }
-  }
-
- private:
-  void add(const float* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride,
-           int64_t n, float scale, float* sums) {
-    float found[kDotRows * kDotRows];
-    for (int64_t t = 0; t < job_.m; t += kDotRows) {
-      const int64_t tokens = std::min(kDotRows, job_.m - t);
-      path_.dot(w, w_stride, rows, x + t * x_stride, x_stride, tokens, n, found);
-      for (int64_t i = 0; i < tokens; ++i) {
-        for (int64_t r = 0; r < rows; ++r) {
-          sums[(t + i) * kFewRows + r] += scale * found[r * kDotRows + i];
-        }
-      }
-    }
-  }
-
-  void add_low_rank(int64_t row, int64_t rows, float* sums) {
-    const LowRank& low = job_.options.low_rank;
-    for (int64_t k = 0; k < low.rank; k += kFewCols) {
-      const int64_t n = std::min(kFewCols, low.rank - k);
-      const float* right = low.right + row * low.right_column_stride + k * low.right_rank_stride;
-      int64_t stride = low.right_column_stride;
-      if (low.right_rank_stride != 1) {
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t i = 0; i < n; ++i) {
-            piece_[r * kFewStride + i] =
-                right[r * low.right_column_stride + i * low.right_rank_stride];
-          }
-        }
-        right = piece_;
-        stride = kFewStride;
-      }
-      add(right, stride, rows, low.left + k, low.left_stride, n, low.scale, sums);
-    }
-  }
-
-  const Job& job_;
-  const GemmPath& path_;
-  const float* x_;
-  int64_t x_stride_;
-  alignas(64) float piece_[kDotRows * kFewStride];
-  alignas(64) float sums_[kFewTokens * kFewRows];
-};
-
-void multiply_few(const Job& job) {
-  const auto* x = static_cast<const float*>(job.x.data);
-  int64_t stride = job.x.stride;
-  if (job.x.type != FloatType::fp32) {
-    stride = job.k;
-    float* copy = workspace().floats(job.m * stride);
-    for (int64_t t = 0; t < job.m; ++t) {
-      to_fp32(job.x.type, place(job.x, t, 0), copy + t * stride, job.k);
-    }
-    x = copy;
-  }
-  hand_out(job.options.threads, ceil_div(job.n, kFewRows), job.n * job.k * kFewTokens,
-           [&] { return FewWorker(job, x, stride); });
+Workspace& workspace() {
+  thread_local Workspace mine;
+  return mine;
 }
 
-}  // namespace
+const GemmPath& gemm_path() {
+  return active_path(kGemmScalar, kGemmAvx2, kGemmAvx512);
+}
+
+void store_row(float* sums, int64_t n, const MutableFloatRows& y, int64_t row, int64_t col,
+               bool add) {
+  auto* to = place(y, row, col);
+  constexpr int64_t kPiece = 1024;
+  if (add) {
+    float old[kPiece];
+    for (int64_t i = 0; i < n; i += kPiece) {
+      const int64_t here = std::min(n - i, kPiece);
+      to_fp32(y.type, to + i * float_bytes(y.type), old, here);
+      for (int64_t j = 0; j < here; ++j) {
+        sums[i + j] = old[j] + sums[i + j];
+      }
+    }
+  }
+  fp32_to(y.type, sums, to, n);
+}
+
+Job::Job(const Matrix& matrix, bool transpose, const FloatRows& x_rows, int64_t rows,
+         const MutableFloatRows& y_rows, const GemmOptions& how)
+    : w(matrix), transposed(transpose), x(x_rows), m(rows), y(y_rows), options(how) {
+  n = transposed ? w.rows() : w.cols();
+  k = transposed ? w.cols() : w.rows();
+  bf16 = x.type == FloatType::bf16 && !options.exact && has_avx512_bf16();
+  if (!transposed) {
+    panels = std::max<int64_t>(1, w.block() / kPanelWidth);
+    in_place = !bf16 && w.floats() != nullptr && m <= kRowsInPlace;
+  }
+  const int64_t most = in_place ? kInnerInPlace : kInner / panels;
+  blocks = std::max<int64_t>(1, ceil_div(k, most));
+  inner = round_up(std::max<int64_t>(1, ceil_div(k, blocks)), 256);
+  blocks = std::max<int64_t>(1, ceil_div(k, inner));
+  groups = ceil_div(n, panels * kPanelWidth);
+  parts = last_parts = ceil_div(m, kTaskRows / panels);
+  // The groups that do not go round evenly are cut into rows.
+  const int64_t threads = options.threads.count;
+  if (threads > 1) {
+    last_groups = std::min(groups, groups % threads + (groups >= 4 * threads ? threads : 0));
+    const int64_t least = in_place ? kTileRows : 4 * kTileRows;
+    last_parts = std::max(parts, std::min(ceil_div(m, least), 2 * threads));
+  }
+}
+
+}  // namespace gemm
 
 void multiply_transposed(const Matrix& w, const FloatRows& x, int64_t m, const MutableFloatRows& y,
                          const GemmOptions& options) {
   if (m < 1 || w.rows() < 1) {
     return;
   }
-  const Job job(w, true, x, m, y, options);
-  m <= kFewTokens ? multiply_few(job) : multiply_many(job);
+  const gemm::Job job(w, true, x, m, y, options);
+  m <= gemm::kFewTokens ? gemm::multiply_few(job) : gemm::multiply_many(job);
 }
 
 void multiply(const Matrix& w, const FloatRows& x, int64_t m, const MutableFloatRows& y,
@@ -545,7 +355,7 @@ void multiply(const Matrix& w, const FloatRows& x, int64_t m, const MutableFloat
   if (m < 1 || w.cols() < 1) {
     return;
   }
-  multiply_many(Job(w, false, x, m, y, options));
+  gemm::multiply_many(gemm::Job(w, false, x, m, y, options));
 }
 
 }  // namespace budwood::quant::kernels
