@@ -12,6 +12,8 @@ constexpr int64_t kInner = 1024;
 // A panel that is read where it lies, by few rows of x: it stays in the cache between them.
 constexpr int64_t kInnerInPlace = 256;
 constexpr int64_t kRowsInPlace = 24;
+// Products in one chain of sums: rounding grows with its length.
+constexpr int64_t kChain = 256;
 // Rows of x that meet a panel before it is forgotten.
 constexpr int64_t kTaskRows = 1152;
 // What is decoded before it is transposed.
@@ -84,25 +86,9 @@ class Worker {
       for (int64_t row = begin; row < end; row += kTileRows) {
         Tile tile;
         tile.rows = std::min(kTileRows, end - row);
-        tile.k = job_.bf16 ? (kc + 1) / 2 : kc;
         set_x(row, k0, kc, tile);
-        for (int64_t p = 0; p * kPanelWidth < cols_; ++p) {
-          const int64_t from = p * kPanelWidth;
+        for (int64_t from = 0; from < cols_; from += kPanelWidth) {
           tile.width = std::min(kPanelWidth, round_up(cols_ - from, 16));
-          tile.b = panel_ + p * job_.inner * kPanelWidth;
-          tile.b_stride = kPanelWidth;
-          if (read_in_place) {
-            tile.b = job_.w.floats() + k0 * job_.w.stride() + col_ + from;
-            tile.b_stride = job_.w.stride();
-          }
-          if (last) {
-            const auto& low = job_.options.low_rank;
-            tile.k2 = low.rank;
-            tile.a2 = low.left + row * low.left_stride;
-            tile.a2_stride = low.left_stride;
-            tile.b2 = low_rank_ + p * low.rank * kPanelWidth;
-            tile.bias = bias == nullptr ? nullptr : bias + from;
-          }
           if (to_y) {
             tile.c = static_cast<float*>(job_.y.data) + row * job_.y.stride + col_ + from;
             tile.c_stride = job_.y.stride;
@@ -112,7 +98,12 @@ class Worker {
             tile.c = result_ + (row - begin) * tile.c_stride + from;
             tile.add = block > 0;
           }
-          job_.bf16 ? kGemmBf16.tile(tile) : path_.tile(tile);
+          const float* stored =
+              read_in_place ? job_.w.floats() + k0 * job_.w.stride() + col_ + from : nullptr;
+          multiply_chains(tile, kc, stored, panel_ + from * job_.inner);
+          if (last) {
+            finish(tile, row, from, bias);
+          }
         }
       }
     }
@@ -122,6 +113,37 @@ class Worker {
                   job_.options.add);
       }
     }
+  }
+
+  /// The tile of kc rows of a panel, or of W where it is stored, in chains of kChain.
+  void multiply_chains(Tile tile, int64_t kc, const float* stored, const float* panel) {
+    const int64_t pair = job_.bf16 ? 2 : 1;
+    tile.b_stride = stored != nullptr ? job_.w.stride() : kPanelWidth;
+    const auto* a = static_cast<const char*>(tile.a);
+    const float* b = stored != nullptr ? stored : panel;
+    for (int64_t k = 0; k == 0 || k < kc; k += kChain) {
+      tile.k = ceil_div(std::min(kChain, kc - k), pair);
+      tile.a = a + k / pair * 4;
+      tile.b = b + k / pair * tile.b_stride;
+      job_.bf16 ? kGemmBf16.tile(tile) : path_.tile(tile);
+      tile.add = true;
+    }
+  }
+
+  /// Adds the low-rank term and the bias.
+  void finish(Tile tile, int64_t row, int64_t from, const float* bias) {
+    const LowRank& low = job_.options.low_rank;
+    if (low.rank == 0 && bias == nullptr) {
+      return;
+    }
+    tile.a = low.left + row * low.left_stride;
+    tile.a_stride = low.left_stride;
+    tile.b = low_rank_ + from * low.rank;
+    tile.b_stride = kPanelWidth;
+    tile.k = low.rank;
+    tile.bias = bias == nullptr ? nullptr : bias + from;
+    tile.add = true;
+    path_.tile(tile);
   }
 
   const float* bias_of_group() {

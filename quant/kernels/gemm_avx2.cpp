@@ -4,21 +4,6 @@
 namespace budwood::quant::kernels {
 namespace {
 
-template <int R>
-inline __attribute__((always_inline)) void accumulate(__m256 (&sums)[R][2], const float* a,
-                                                      int64_t a_stride, const float* b,
-                                                      int64_t b_stride, int64_t k) {
-  for (; k > 0; --k, ++a, b += b_stride) {
-    const __m256 left = _mm256_loadu_ps(b), right = _mm256_loadu_ps(b + 8);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m256 value = _mm256_broadcast_ss(a + r * a_stride);
-      sums[r][0] = _mm256_fmadd_ps(value, left, sums[r][0]);
-      sums[r][1] = _mm256_fmadd_ps(value, right, sums[r][1]);
-    }
-  }
-}
-
 /// Columns [from, from + 16).
 template <int R>
 void tile_of(const Tile& t, int64_t from) {
@@ -27,10 +12,16 @@ void tile_of(const Tile& t, int64_t from) {
   for (int r = 0; r < R; ++r) {
     sums[r][0] = sums[r][1] = _mm256_setzero_ps();
   }
-  accumulate<R>(sums, static_cast<const float*>(t.a), t.a_stride,
-                static_cast<const float*>(t.b) + from, t.b_stride, t.k);
-  if (t.k2 > 0) {
-    accumulate<R>(sums, t.a2, t.a2_stride, t.b2 + from, kPanelWidth, t.k2);
+  const auto* a = static_cast<const float*>(t.a);
+  const auto* b = static_cast<const float*>(t.b) + from;
+  for (int64_t k = 0; k < t.k; ++k, ++a, b += t.b_stride) {
+    const __m256 left = _mm256_loadu_ps(b), right = _mm256_loadu_ps(b + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m256 value = _mm256_broadcast_ss(a + r * t.a_stride);
+      sums[r][0] = _mm256_fmadd_ps(value, left, sums[r][0]);
+      sums[r][1] = _mm256_fmadd_ps(value, right, sums[r][1]);
+    }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {

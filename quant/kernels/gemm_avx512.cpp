@@ -5,32 +5,8 @@ namespace budwood::quant::kernels {
 namespace {
 
 template <int R, int V>
-using Sums = __m512[R][V];
-
-template <int R, int V>
-inline __attribute__((always_inline)) void accumulate(Sums<R, V>& sums, const float* a,
-                                                      int64_t a_stride, const float* b,
-                                                      int64_t b_stride, int64_t k) {
-  for (; k > 0; --k, ++a, b += b_stride) {
-    __m512 columns[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      columns[v] = _mm512_loadu_ps(b + 16 * v);
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m512 value = _mm512_set1_ps(a[r * a_stride]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        sums[r][v] = _mm512_fmadd_ps(value, columns[v], sums[r][v]);
-      }
-    }
-  }
-}
-
-template <int R, int V>
 void tile_of(const Tile& t) {
-  Sums<R, V> sums;
+  __m512 sums[R][V];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -38,9 +14,23 @@ void tile_of(const Tile& t) {
       sums[r][v] = _mm512_setzero_ps();
     }
   }
-  accumulate<R, V>(sums, static_cast<const float*>(t.a), t.a_stride, static_cast<const float*>(t.b),
-                   t.b_stride, t.k);
-  accumulate<R, V>(sums, t.a2, t.a2_stride, t.b2, kPanelWidth, t.k2);
+  const auto* a = static_cast<const float*>(t.a);
+  const auto* b = static_cast<const float*>(t.b);
+  for (int64_t k = 0; k < t.k; ++k, ++a, b += t.b_stride) {
+    __m512 columns[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      columns[v] = _mm512_loadu_ps(b + 16 * v);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m512 value = _mm512_set1_ps(a[r * t.a_stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        sums[r][v] = _mm512_fmadd_ps(value, columns[v], sums[r][v]);
+      }
+    }
+  }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -33,17 +33,6 @@ void tile_of(const Tile& t) {
       }
     }
   }
-  for (int64_t k = 0; k < t.k2; ++k) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const __m512 column = _mm512_loadu_ps(t.b2 + k * kPanelWidth + 16 * v);
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        const __m512 value = _mm512_set1_ps(t.a2[r * t.a2_stride + k]);
-        sums[r][v] = _mm512_fmadd_ps(value, column, sums[r][v]);
-      }
-    }
-  }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -12,8 +12,8 @@ constexpr int64_t kTileRows = 6;
 /// Most rows of W and of x that dot() takes.
 constexpr int64_t kDotRows = 4;
 
-/// c[i][j] = sum over k of a[i][k] b[k][j], and over k2 of a2[i][k] b2[k][j], + bias[j]
-/// (+ c[i][j] where add is set), for i in [0, rows), j in [0, width).
+/// c[i][j] = sum over k of a[i][k] b[k][j] + bias[j] (+ c[i][j] where add is set), for i in
+/// [0, rows), j in [0, width).
 struct Tile {
   int64_t rows = 0;   ///< 1 to kTileRows
   int64_t width = 0;  ///< 16, 32, 48 or 64
@@ -22,10 +22,6 @@ struct Tile {
   const void* b = nullptr;
   int64_t b_stride = 0;
   int64_t k = 0;
-  const float* a2 = nullptr;
-  int64_t a2_stride = 0;
-  const float* b2 = nullptr;  ///< rows kPanelWidth apart
-  int64_t k2 = 0;
   const float* bias = nullptr;
   float* c = nullptr;
   int64_t c_stride = 0;

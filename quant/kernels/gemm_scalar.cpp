@@ -6,22 +6,15 @@
 namespace budwood::quant::kernels {
 namespace {
 
-void accumulate(float* sums, int64_t width, const float* a, const float* b, int64_t b_stride,
-                int64_t k) {
-  for (int64_t i = 0; i < k; ++i, b += b_stride) {
-    for (int64_t j = 0; j < width; ++j) {
-      sums[j] = std::fma(a[i], b[j], sums[j]);
-    }
-  }
-}
-
 void tile(const Tile& t) {
   for (int64_t row = 0; row < t.rows; ++row) {
     float sums[kPanelWidth] = {};
     const auto* a = static_cast<const float*>(t.a) + row * t.a_stride;
-    accumulate(sums, t.width, a, static_cast<const float*>(t.b), t.b_stride, t.k);
-    if (t.k2 > 0) {
-      accumulate(sums, t.width, t.a2 + row * t.a2_stride, t.b2, kPanelWidth, t.k2);
+    const auto* b = static_cast<const float*>(t.b);
+    for (int64_t i = 0; i < t.k; ++i, b += t.b_stride) {
+      for (int64_t j = 0; j < t.width; ++j) {
+        sums[j] = std::fma(a[i], b[j], sums[j]);
+      }
     }
     float* c = t.c + row * t.c_stride;
     for (int64_t j = 0; j < t.width; ++j) {
