@@ -369,7 +369,8 @@ void multiply_transposed(const Matrix& w, const FloatRows& x, int64_t m, const M
     return;
   }
   const gemm::Job job(w, true, x, m, y, options);
-  m <= gemm::kFewTokens ? gemm::multiply_few(job) : gemm::multiply_many(job);
+  const bool thin = w.floats() != nullptr && w.rows() <= gemm::kThinRows;
+  m <= gemm::kFewTokens || thin ? gemm::multiply_few(job) : gemm::multiply_many(job);
 }
 
 void multiply(const Matrix& w, const FloatRows& x, int64_t m, const MutableFloatRows& y,

@@ -14,6 +14,8 @@ namespace budwood::quant::kernels::gemm {
 
 /// Up to here every row of W is multiplied as soon as it is decoded.
 constexpr int64_t kFewTokens = 8;
+/// A stored fp32 W of so few rows is multiplied with kFewTokens rows of x after the other.
+constexpr int64_t kThinRows = 32;
 
 inline int64_t ceil_div(int64_t n, int64_t by) {
   return (n + by - 1) / by;
@@ -110,7 +112,7 @@ struct Job {
   int64_t tasks() const { return (groups - last_groups) * parts + last_groups * last_parts; }
 };
 
-/// y = x Wᵀ for up to kFewTokens rows of x.
+/// y = x Wᵀ for few rows of x, or of W.
 void multiply_few(const Job& job);
 
 }  // namespace budwood::quant::kernels::gemm
