@@ -2,8 +2,6 @@
 #include <fmt/format.h>
 
 #include <budwood/quant/error.h>
-#include <budwood/quant/kernels/affine.h>
-#include <budwood/quant/kernels/int8.h>
 #include <budwood/quant/packed_form.h>
 #include <vector>
 
@@ -11,6 +9,25 @@ namespace budwood::quant {
 namespace {
 
 enum Part : size_t { kCodes, kScales, kZeros, kGroupSize, kOrder };
+
+// Rows are put into W's order one by one, for what reads rows; products do not come here.
+class OrderedMatrix final : public kernels::Matrix {
+ public:
+  OrderedMatrix(const kernels::AffineView& view, const int32_t* order)
+      : Matrix(view.rows, view.cols, view.cols), view_(view), order_(order) {}
+  void decode(int64_t row, int64_t rows, int64_t, int64_t, float* dst,
+              int64_t stride) const override {
+    std::vector<float> stored(static_cast<size_t>(view_.cols));
+    for (int64_t r = row; r < row + rows; ++r, dst += stride) {
+      dequantize_affine_tile(view_, r, 1, 0, view_.cols, stored.data(), 0);
+      for (size_t p = 0; p < stored.size(); ++p) dst[order_[p]] = stored[p];
+    }
+  }
+
+ private:
+  kernels::AffineView view_;
+  const int32_t* order_;
+};
 
 class Affine final : public PackedForm {
  public:
@@ -29,18 +46,22 @@ class Affine final : public PackedForm {
   }
 
   // With an order the products take the columns as they are stored, and x or dx is permuted.
-  at::Tensor linear(const Weight& w, const at::Tensor& x) const override {
-    if (!ordered(w)) return PackedForm::linear(w, x);
-    return PackedForm::linear(as_stored(w), x.index_select(-1, w.parts[kOrder]));
+  at::Tensor linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const override {
+    if (!ordered(w)) return PackedForm::linear_plus(w, x, terms);
+    return PackedForm::linear_plus(as_stored(w), x.index_select(-1, w.parts[kOrder]), terms);
   }
-  at::Tensor backward_input(const Weight& w, const at::Tensor& grad) const override {
-    if (!ordered(w)) return PackedForm::backward_input(w, grad);
-    const auto stored = PackedForm::backward_input(as_stored(w), grad);
-    return at::empty_like(stored).index_copy_(-1, w.parts[kOrder].to(at::kLong), stored);
+  at::Tensor backward_input_plus(const Weight& w, const at::Tensor& grad,
+                                 const Terms& terms) const override {
+    if (!ordered(w)) return PackedForm::backward_input_plus(w, grad, terms);
+    const auto stored = PackedForm::backward_input_plus(as_stored(w), grad, {});
+    auto result = at::empty_like(stored).index_copy_(-1, w.parts[kOrder].to(at::kLong), stored);
+    auto flat = result.view({-1, w.in});
+    add_terms(flat, terms);
+    return result;
   }
 
  protected:
-  PackedRows open(const Weight& w) const override {
+  std::unique_ptr<kernels::Matrix> open(const Weight& w) const override {
     kernels::AffineView view{.bits = bits_,
                              .codes = w.parts[kCodes].const_data_ptr<uint8_t>(),
                              .scales = w.parts[kScales].const_data_ptr<float>(),
@@ -51,18 +72,9 @@ class Affine final : public PackedForm {
       view.zero_points = w.parts[kZeros].const_data_ptr<uint8_t>();
     else
       view.zeros = w.parts[kZeros].const_data_ptr<float>();
-    if (ordered(w)) {
-      const auto* order = w.parts[kOrder].const_data_ptr<int32_t>();
-      return {w.out, w.in, [view, order](int64_t row, float* dst) {
-                std::vector<float> stored(static_cast<size_t>(view.cols));
-                dequantize_affine_row(view, row, 0, view.cols, kernels::FloatType::fp32,
-                                      stored.data());
-                for (size_t p = 0; p < stored.size(); ++p) dst[order[p]] = stored[p];
-              }};
-    }
-    return {w.out, w.in, [view](int64_t row, float* dst) {
-              dequantize_affine_row(view, row, 0, view.cols, kernels::FloatType::fp32, dst);
-            }};
+    if (ordered(w))
+      return std::make_unique<OrderedMatrix>(view, w.parts[kOrder].const_data_ptr<int32_t>());
+    return std::make_unique<kernels::AffineMatrix>(view);
   }
 
  private:
@@ -99,13 +111,9 @@ class Int8Rows final : public PackedForm {
   }
 
  protected:
-  PackedRows open(const Weight& w) const override {
-    const int8_t* codes = w.parts[0].const_data_ptr<int8_t>();
-    const float* scales = w.parts[1].const_data_ptr<float>();
-    return {w.out, w.in, [=, cols = w.in](int64_t row, float* dst) {
-              kernels::dequantize_int8_row(codes + row * cols, scales[row], cols,
-                                           kernels::FloatType::fp32, dst);
-            }};
+  std::unique_ptr<kernels::Matrix> open(const Weight& w) const override {
+    return std::make_unique<kernels::Int8Matrix>(w.parts[0].const_data_ptr<int8_t>(),
+                                                 w.parts[1].const_data_ptr<float>(), w.out, w.in);
   }
 };
 

@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <budwood/quant/error.h>
-#include <budwood/quant/kernels/bnb4.h>
 #include <budwood/quant/packed_form.h>
 
 namespace budwood::quant {
@@ -44,7 +43,7 @@ class Bnb4 final : public PackedForm {
   }
 
  protected:
-  PackedRows open(const Weight& w) const override {
+  std::unique_ptr<kernels::Matrix> open(const Weight& w) const override {
     kernels::Bnb4View view{.type = type_,
                            .codes = w.parts[kCodes].const_data_ptr<uint8_t>(),
                            .count = w.out * w.in,
@@ -57,9 +56,7 @@ class Bnb4 final : public PackedForm {
                      .absmax = w.parts[kNestedAbsmax].const_data_ptr<float>(),
                      .offset = *w.parts[kOffset].const_data_ptr<float>(),
                      .block_size = kNestedBlock};
-    return {w.out, w.in, [view, cols = w.in](int64_t row, float* dst) {
-              dequantize_bnb4(view, row * cols, cols, kernels::FloatType::fp32, dst);
-            }};
+    return std::make_unique<kernels::Bnb4Matrix>(view, w.in);
   }
 
  private:

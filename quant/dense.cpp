@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <budwood/quant/error.h>
+#include <budwood/quant/panels.h>
 #include <budwood/quant/weight.h>
 
 namespace budwood::quant {
@@ -9,6 +10,17 @@ namespace {
 
 // A weight stored in another dtype than x is converted this many elements at a time.
 constexpr int64_t kPanelElements = 1 << 20;
+
+// The kernel that reads W where it lies, when the tensors suit it.
+std::optional<kernels::DenseMatrix> matrix_for(const Weight& w, const at::Tensor& x,
+                                               const Terms& terms) {
+  const auto& m = w.parts[0];
+  const auto type = m.scalar_type();
+  const bool narrow = type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+  if (!m.is_cpu() || !narrow || !has_gemm(x, terms) || (m.size(1) > 1 && m.stride(1) != 1))
+    return {};
+  return plain_matrix(m);
+}
 
 bool is_plain(const Weight& w, const at::Tensor& x) {
   return w.parts[0].scalar_type() == x.scalar_type();
@@ -75,6 +87,15 @@ class Dense final : public WeightForm {
   at::Tensor backward_input(const Weight& w, const at::Tensor& grad) const override {
     return is_plain(w, grad) ? at::matmul(grad, w.parts[0]) : times(grad, w.parts[0]);
   }
+  at::Tensor linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const override {
+    if (const auto m = matrix_for(w, x, terms)) return panel_linear(*m, x, terms);
+    return WeightForm::linear_plus(w, x, terms);
+  }
+  at::Tensor backward_input_plus(const Weight& w, const at::Tensor& grad,
+                                 const Terms& terms) const override {
+    if (const auto m = matrix_for(w, grad, terms)) return panel_backward_input(*m, grad, terms);
+    return WeightForm::backward_input_plus(w, grad, terms);
+  }
   at::Tensor backward_weight(const Weight& w, const at::Tensor& grad,
                              const at::Tensor& x) const override {
     return product(grad, x).to(dtype(w));
@@ -98,6 +119,15 @@ class DenseTransposed final : public WeightForm {
   }
   at::Tensor backward_input(const Weight& w, const at::Tensor& grad) const override {
     return is_plain(w, grad) ? at::linear(grad, w.parts[0]) : times_transposed(grad, w.parts[0]);
+  }
+  at::Tensor linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const override {
+    if (const auto m = matrix_for(w, x, terms)) return panel_backward_input(*m, x, terms);
+    return WeightForm::linear_plus(w, x, terms);
+  }
+  at::Tensor backward_input_plus(const Weight& w, const at::Tensor& grad,
+                                 const Terms& terms) const override {
+    if (const auto m = matrix_for(w, grad, terms)) return panel_linear(*m, grad, terms);
+    return WeightForm::backward_input_plus(w, grad, terms);
   }
   at::Tensor backward_weight(const Weight& w, const at::Tensor& grad,
                              const at::Tensor& x) const override {

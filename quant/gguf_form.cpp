@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <budwood/quant/error.h>
-#include <budwood/quant/kernels/gguf_blocks.h>
 #include <budwood/quant/packed_form.h>
 
 namespace budwood::quant {
@@ -24,12 +23,9 @@ class Gguf final : public PackedForm {
   }
 
  protected:
-  PackedRows open(const Weight& w) const override {
-    const uint8_t* blocks = w.parts[0].const_data_ptr<uint8_t>();
-    const int64_t stride = row_bytes(type_, w.in);
-    return {w.out, w.in, [=, type = type_, cols = w.in](int64_t row, float* dst) {
-              dequantize_row(type, blocks + row * stride, dst, cols);
-            }};
+  std::unique_ptr<kernels::Matrix> open(const Weight& w) const override {
+    return std::make_unique<kernels::GgufMatrix>(type_, w.parts[0].const_data_ptr<uint8_t>(), w.out,
+                                                 w.in);
   }
 
  private:

@@ -27,9 +27,7 @@ at::Tensor linear_kernel(const at::Tensor& x, at::TensorList parts, int64_t form
                          at::IntArrayRef shape, const OptionalTensor& bias) {
   const auto w = weight_of(parts, format, shape);
   check_width("linear", x, w.in);
-  auto y = w.linear(x);
-  if (bias) y.add_(bias->to(y.scalar_type()));
-  return y;
+  return w.linear(x, {.bias = bias});
 }
 
 at::Tensor backward_input_kernel(const at::Tensor& grad, at::TensorList parts, int64_t format,

@@ -3,19 +3,16 @@
 #include <fmt/format.h>
 
 #include <budwood/quant/error.h>
-#include <budwood/quant/kernels/dot.h>
 #include <budwood/quant/kernels/half.h>
 #include <budwood/quant/panels.h>
 
 namespace budwood::quant {
 namespace {
 
-// Decoded bytes per thread; a panel stays in the second cache until it has been multiplied.
-constexpr int64_t kPanelBytes = 1 << 20;
+// Decoded float64 elements of a panel per thread.
+constexpr int64_t kPanelElements = 1 << 17;
 // Elements that are worth handing to another thread.
 constexpr int64_t kGrainElements = 1 << 14;
-// Up to here a row is multiplied as soon as it is decoded.
-constexpr int64_t kFewTokens = 8;
 
 void require_cpu(const char* where, const at::Tensor& t) {
   if (!t.is_cpu())
@@ -28,8 +25,29 @@ void require_cpu(const char* where, const at::Tensor& t) {
                                    c10::toString(t.scalar_type())));
 }
 
-int64_t grain_rows(const PackedRows& w) {
-  return std::max<int64_t>(1, kGrainElements / w.cols);
+int64_t grain_rows(const kernels::Matrix& w) {
+  return std::max<int64_t>(1, kGrainElements / w.cols());
+}
+
+bool has_float_type(const at::Tensor& t) {
+  const auto type = t.scalar_type();
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+kernels::FloatType float_type(at::ScalarType type) {
+  return type == at::kBFloat16 ? kernels::FloatType::bf16
+         : type == at::kHalf   ? kernels::FloatType::fp16
+                               : kernels::FloatType::fp32;
+}
+
+// torch's own threads; none inside a parallel region.
+kernels::Threads threads() {
+  if (at::in_parallel_region()) return {};
+  return {at::get_num_threads(), [](int n, const std::function<void(int)>& body) {
+            at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
+            });
+          }};
 }
 
 // One fp32 row in another dtype.
@@ -51,52 +69,66 @@ void convert_row(const float* src, int64_t n, at::ScalarType type, void* dst) {
 
 // Rows row_of(0), row_of(1), ... to the rows of a contiguous matrix.
 template <class RowOf>
-void decode_into(const PackedRows& w, at::Tensor& target, int64_t count, const RowOf& row_of) {
+void decode_into(const kernels::Matrix& w, at::Tensor& target, int64_t count, const RowOf& row_of) {
   const auto type = target.scalar_type();
-  const int64_t stride = w.cols * target.element_size();
+  const int64_t cols = w.cols(), stride = cols * target.element_size();
   auto* base = static_cast<char*>(target.mutable_data_ptr());
   at::parallel_for(0, count, grain_rows(w), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(type == at::kFloat ? 0 : static_cast<size_t>(w.cols));
+    std::vector<float> row(type == at::kFloat ? 0 : static_cast<size_t>(cols));
     for (int64_t r = begin; r < end; ++r) {
       char* dst = base + r * stride;
       if (type == at::kFloat) {
-        w.decode(row_of(r), reinterpret_cast<float*>(dst));
+        w.decode(row_of(r), 1, 0, cols, reinterpret_cast<float*>(dst), cols);
       } else {
-        w.decode(row_of(r), row.data());
-        convert_row(row.data(), w.cols, type, dst);
+        w.decode(row_of(r), 1, 0, cols, row.data(), cols);
+        convert_row(row.data(), cols, type, dst);
       }
     }
   });
 }
 
-// Calls use(first row, panel [count, cols]) for all rows.
+// Calls use(first row, panel [count, cols]) for all rows, in float64.
 template <class Use>
-void for_panels(const PackedRows& w, at::ScalarType type, const Use& use) {
-  const int64_t bytes = w.cols * static_cast<int64_t>(c10::elementSize(type));
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t step = std::min(w.rows, threads * std::max<int64_t>(1, kPanelBytes / bytes));
-  auto buffer = at::empty({step, w.cols}, at::TensorOptions().dtype(type));
-  for (int64_t begin = 0; begin < w.rows; begin += step) {
-    const int64_t count = std::min(step, w.rows - begin);
-    decode_into(w, buffer, count, [begin](int64_t r) { return begin + r; });
-    use(begin, buffer.narrow(0, 0, count));
+void for_panels(const kernels::Matrix& w, const Use& use) {
+  const int64_t count = at::get_num_threads() * kPanelElements / w.cols();
+  const int64_t step = std::clamp<int64_t>(count, 1, w.rows());
+  auto buffer = at::empty({step, w.cols()}, at::TensorOptions().dtype(at::kDouble));
+  for (int64_t begin = 0; begin < w.rows(); begin += step) {
+    auto panel = buffer.narrow(0, 0, std::min(step, w.rows() - begin));
+    decode_into(w, panel, panel.size(0), [begin](int64_t r) { return begin + r; });
+    use(begin, panel);
   }
 }
 
-void multiply_few(const PackedRows& w, const at::Tensor& x, at::Tensor& y) {
-  const int64_t tokens = x.size(0);
-  const auto input = x.to(at::kFloat).contiguous();
-  auto result = y.scalar_type() == at::kFloat ? y : at::empty(y.sizes(), at::kFloat);
-  const float* from = input.const_data_ptr<float>();
-  float* to = result.mutable_data_ptr<float>();
-  at::parallel_for(0, w.rows, grain_rows(w), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(static_cast<size_t>(w.cols));
-    for (int64_t r = begin; r < end; ++r) {
-      w.decode(r, row.data());
-      kernels::dot_rows(row.data(), from, w.cols, tokens, to + r, w.rows);
-    }
-  });
-  if (!result.is_same(y)) y.copy_(result);
+at::Tensor with_contiguous_rows(const at::Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous();
+}
+
+using Multiply = decltype(&kernels::multiply);
+
+at::Tensor run(Multiply multiply, const kernels::Matrix& w, const at::Tensor& x, int64_t width,
+               at::ScalarType type, const Terms& terms, bool exact = false) {
+  const auto rows = with_contiguous_rows(x);
+  auto y = at::empty({x.size(0), width}, x.options().dtype(type));
+  kernels::GemmOptions options{.exact = exact, .threads = threads()};
+  at::Tensor bias, left;
+  if (terms.bias) {
+    bias = terms.bias->to(at::kFloat).contiguous();
+    options.bias = bias.const_data_ptr<float>();
+  }
+  if (terms.left.defined()) {
+    left = with_contiguous_rows(terms.left);
+    options.low_rank = {.left = left.const_data_ptr<float>(),
+                        .left_stride = left.stride(0),
+                        .right = terms.right.const_data_ptr<float>(),
+                        .right_rank_stride = terms.right.stride(0),
+                        .right_column_stride = terms.right.stride(1),
+                        .rank = left.size(1),
+                        .scale = static_cast<float>(terms.scale)};
+  }
+  multiply(w, {rows.const_data_ptr(), float_type(x.scalar_type()), rows.stride(0)}, x.size(0),
+           {y.mutable_data_ptr(), float_type(type), width}, options);
+  return y;
 }
 
 at::Tensor with_last(const at::Tensor& flat, const at::Tensor& like, int64_t last) {
@@ -107,55 +139,78 @@ at::Tensor with_last(const at::Tensor& flat, const at::Tensor& like, int64_t las
 
 }  // namespace
 
-at::Tensor panel_linear(const PackedRows& w, const at::Tensor& x) {
+bool has_gemm(const at::Tensor& x, const Terms& terms) {
+  const auto fits = [](const at::Tensor& t) {
+    return !t.defined() || (t.is_cpu() && t.scalar_type() == at::kFloat);
+  };
+  return x.is_cpu() && has_float_type(x) && fits(terms.left) && fits(terms.right);
+}
+
+kernels::DenseMatrix plain_matrix(const at::Tensor& m) {
+  return {m.const_data_ptr(), float_type(m.scalar_type()), m.size(0), m.size(1), m.stride(0)};
+}
+
+at::Tensor panel_linear(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms) {
   require_cpu("linear", x);
-  const auto flat = x.detach().reshape({-1, w.cols});
-  auto y = at::empty({flat.size(0), w.rows}, x.options());
-  if (flat.size(0) > 0 && flat.size(0) <= kFewTokens && x.scalar_type() != at::kDouble) {
-    multiply_few(w, flat, y);
-  } else if (flat.size(0) > 0) {
-    for_panels(w, x.scalar_type(), [&](int64_t begin, const at::Tensor& panel) {
+  const auto flat = x.detach().reshape({-1, w.cols()});
+  at::Tensor y;
+  if (has_gemm(x, terms)) {
+    y = run(kernels::multiply_transposed, w, flat, w.rows(), x.scalar_type(), terms);
+  } else {
+    const auto wide = flat.to(at::kDouble);
+    y = at::empty({flat.size(0), w.rows()}, wide.options());
+    for_panels(w, [&](int64_t begin, const at::Tensor& panel) {
       auto columns = y.narrow(1, begin, panel.size(0));
-      at::mm_out(columns, flat, panel.t());
+      at::mm_out(columns, wide, panel.t());
     });
+    add_terms(y, terms);
   }
-  return with_last(y, x, w.rows);
+  return with_last(y.to(x.scalar_type()), x, w.rows());
 }
 
-at::Tensor panel_backward_input(const PackedRows& w, const at::Tensor& grad) {
-  require_cpu("linear_backward_input", grad);
-  const auto type = grad.scalar_type();
-  const auto flat = grad.detach().reshape({-1, w.rows});
-  const auto wide = type == at::kDouble ? at::kDouble : at::kFloat;
-  auto sum = at::zeros({flat.size(0), w.cols}, grad.options().dtype(wide));
-  if (flat.size(0) > 0) {
-    for_panels(w, type, [&](int64_t begin, const at::Tensor& panel) {
-      const auto columns = flat.narrow(1, begin, panel.size(0));
-      if (type == wide)
-        sum.addmm_(columns, panel);
-      else
-        sum.add_(columns.mm(panel));
+at::Tensor panel_backward_input(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms) {
+  require_cpu("linear_backward_input", x);
+  const auto flat = x.detach().reshape({-1, w.rows()});
+  at::Tensor y;
+  if (has_gemm(x, terms)) {
+    y = run(kernels::multiply, w, flat, w.cols(), x.scalar_type(), terms);
+  } else {
+    const auto wide = flat.to(at::kDouble);
+    y = at::zeros({flat.size(0), w.cols()}, wide.options());
+    for_panels(w, [&](int64_t begin, const at::Tensor& panel) {
+      y.addmm_(wide.narrow(1, begin, panel.size(0)), panel);
     });
+    add_terms(y, terms);
   }
-  return with_last(sum.to(type), grad, w.cols);
+  return with_last(y.to(x.scalar_type()), x, w.cols());
 }
 
-at::Tensor panel_rows(const PackedRows& w, int64_t begin, int64_t end, at::ScalarType dtype) {
-  auto result = at::empty({end - begin, w.cols}, at::TensorOptions().dtype(dtype));
+at::Tensor times_plain_transposed(const at::Tensor& x, const at::Tensor& m) {
+  const auto rows = with_contiguous_rows(m);
+  return run(kernels::multiply_transposed, plain_matrix(rows), x, m.size(0), at::kFloat, {}, true);
+}
+
+at::Tensor times_plain(const at::Tensor& x, const at::Tensor& m) {
+  const auto rows = with_contiguous_rows(m);
+  return run(kernels::multiply, plain_matrix(rows), x, m.size(1), at::kFloat, {}, true);
+}
+
+at::Tensor panel_rows(const kernels::Matrix& w, int64_t begin, int64_t end, at::ScalarType dtype) {
+  auto result = at::empty({end - begin, w.cols()}, at::TensorOptions().dtype(dtype));
   decode_into(w, result, end - begin, [begin](int64_t r) { return begin + r; });
   return result;
 }
 
-at::Tensor panel_gather(const PackedRows& w, const at::Tensor& ids, at::ScalarType dtype) {
+at::Tensor panel_gather(const kernels::Matrix& w, const at::Tensor& ids, at::ScalarType dtype) {
   const auto flat = ids.to(at::kLong).contiguous();
   const int64_t* id = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i)
-    if (id[i] < 0 || id[i] >= w.rows)
-      throw Error("gather", fmt::format("row {} of a table with {} rows", id[i], w.rows));
-  auto result = at::empty({flat.numel(), w.cols}, at::TensorOptions().dtype(dtype));
+    if (id[i] < 0 || id[i] >= w.rows())
+      throw Error("gather", fmt::format("row {} of a table with {} rows", id[i], w.rows()));
+  auto result = at::empty({flat.numel(), w.cols()}, at::TensorOptions().dtype(dtype));
   decode_into(w, result, flat.numel(), [id](int64_t i) { return id[i]; });
   auto shape = ids.sizes().vec();
-  shape.push_back(w.cols);
+  shape.push_back(w.cols());
   return result.view(shape);
 }
 

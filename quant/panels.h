@@ -2,32 +2,36 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <budwood/quant/kernels/gemm.h>
+#include <budwood/quant/weight.h>
 #include <cstdint>
-#include <functional>
 
-/// Products with a matrix W [rows, cols] that is stored in some packed form and never held whole:
-/// panels of rows, sized for the cache, are decoded and multiplied one after the other. All packed
-/// forms go through here.
+/// Products of tensors on the CPU with a matrix W [rows, cols] that is stored in any form and never
+/// held whole: kernels/gemm.h with torch's threads.
 namespace budwood::quant {
 
-/// A packed matrix, seen as rows that can be decoded. CPU only.
-struct PackedRows {
-  int64_t rows = 0, cols = 0;
-  /// Writes one row as `cols` fp32 values; called from several threads.
-  std::function<void(int64_t row, float* dst)> decode;
-};
+/// True when gemm.h multiplies such tensors: fp32, bf16 or fp16 on the CPU, the low-rank term fp32.
+bool has_gemm(const at::Tensor& x, const Terms& terms);
 
-/// x Wᵀ: [..., cols] -> [..., rows] in the dtype of x. Up to 8 tokens are multiplied in fp32 while
-/// a row lies in the first cache; more go panel by panel through ATen in the dtype of x.
-at::Tensor panel_linear(const PackedRows& w, const at::Tensor& x);
+/// A plain matrix of fp32, bf16 or fp16 with contiguous rows; valid while m lives.
+kernels::DenseMatrix plain_matrix(const at::Tensor& m);
 
-/// dY W: [..., rows] -> [..., cols] in the dtype of dY; sums over panels are fp32 or wider.
-at::Tensor panel_backward_input(const PackedRows& w, const at::Tensor& grad);
+/// x Wᵀ + terms: [..., cols] -> [..., rows] in the dtype of x. float64 goes panel by panel through
+/// ATen.
+at::Tensor panel_linear(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms = {});
+
+/// x W + terms: [..., rows] -> [..., cols] in the dtype of x; sums are fp32 or wider.
+at::Tensor panel_backward_input(const kernels::Matrix& w, const at::Tensor& x,
+                                const Terms& terms = {});
+
+/// x Mᵀ (x M) in fp32, for plain matrices in fp32, bf16 or fp16, with fp32 arithmetic.
+at::Tensor times_plain_transposed(const at::Tensor& x, const at::Tensor& m);
+at::Tensor times_plain(const at::Tensor& x, const at::Tensor& m);
 
 /// Rows [begin, end) as [end - begin, cols].
-at::Tensor panel_rows(const PackedRows& w, int64_t begin, int64_t end, at::ScalarType dtype);
+at::Tensor panel_rows(const kernels::Matrix& w, int64_t begin, int64_t end, at::ScalarType dtype);
 
 /// Rows chosen by ids (int64, any shape): [..., cols]. Throws Error for an id outside the matrix.
-at::Tensor panel_gather(const PackedRows& w, const at::Tensor& ids, at::ScalarType dtype);
+at::Tensor panel_gather(const kernels::Matrix& w, const at::Tensor& ids, at::ScalarType dtype);
 
 }  // namespace budwood::quant

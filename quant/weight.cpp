@@ -52,12 +52,12 @@ Weight Weight::from_parts(std::vector<at::Tensor> parts, int64_t format, int64_t
   return w;
 }
 
-at::Tensor Weight::linear(const at::Tensor& x) const {
-  return form_of(format).linear(*this, x);
+at::Tensor Weight::linear(const at::Tensor& x, const Terms& terms) const {
+  return form_of(format).linear_plus(*this, x, terms);
 }
 
-at::Tensor Weight::backward_input(const at::Tensor& grad) const {
-  return form_of(format).backward_input(*this, grad);
+at::Tensor Weight::backward_input(const at::Tensor& grad, const Terms& terms) const {
+  return form_of(format).backward_input_plus(*this, grad, terms);
 }
 
 at::Tensor Weight::backward_weight(const at::Tensor& grad, const at::Tensor& x) const {
@@ -86,6 +86,35 @@ int64_t Weight::bytes() const {
   int64_t sum = 0;
   for (const auto& part : parts) sum += static_cast<int64_t>(part.nbytes());
   return sum;
+}
+
+void add_terms(at::Tensor& y, const Terms& terms) {
+  if (terms.left.defined()) {
+    if (y.scalar_type() == terms.left.scalar_type())
+      y.addmm_(terms.left, terms.right, 1, terms.scale);
+    else
+      y.add_(terms.left.mm(terms.right), terms.scale);
+  }
+  if (terms.bias) y.add_(terms.bias->to(y.scalar_type()));
+}
+
+namespace {
+
+at::Tensor plus(at::Tensor y, const Terms& terms) {
+  auto flat = y.view({-1, y.size(-1)});
+  add_terms(flat, terms);
+  return y;
+}
+
+}  // namespace
+
+at::Tensor WeightForm::linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const {
+  return plus(linear(w, x), terms);
+}
+
+at::Tensor WeightForm::backward_input_plus(const Weight& w, const at::Tensor& grad,
+                                           const Terms& terms) const {
+  return plus(backward_input(w, grad), terms);
 }
 
 at::Tensor WeightForm::backward_weight(const Weight&, const at::Tensor&, const at::Tensor&) const {

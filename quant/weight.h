@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,17 @@ enum class Format : int64_t {
   gguf_q6_k = 30,
 };
 
+/// What is added to a product in the same pass: bias [columns] to every row, and scale * left *
+/// right with left [rows, r] and right [r, columns].
+struct Terms {
+  std::optional<at::Tensor> bias = {};
+  at::Tensor left = {}, right = {};
+  double scale = 1.0;
+};
+
+/// Adds them to y [rows, columns] in a pass of their own, in the dtype of left.
+void add_terms(at::Tensor& y, const Terms& terms);
+
 /// One frozen matrix, flat, as it travels through operators. Cheap to copy: tensors are shared.
 struct Weight {
   std::vector<at::Tensor> parts;
@@ -60,10 +72,10 @@ struct Weight {
   /// From an operator's arguments; throws when parts, format and shape do not fit each other.
   static Weight from_parts(std::vector<at::Tensor> parts, int64_t format, int64_t out, int64_t in);
 
-  /// x Wᵀ: [..., in] -> [..., out].
-  at::Tensor linear(const at::Tensor& x) const;
-  /// dY W: [..., out] -> [..., in]; the gradient of linear with respect to x.
-  at::Tensor backward_input(const at::Tensor& grad) const;
+  /// x Wᵀ + terms: [..., in] -> [..., out].
+  at::Tensor linear(const at::Tensor& x, const Terms& terms = {}) const;
+  /// dY W + terms: [..., out] -> [..., in]; the gradient of linear with respect to x.
+  at::Tensor backward_input(const at::Tensor& grad, const Terms& terms = {}) const;
   /// Gradient with respect to W [out, in]; only for forms that can be trained (dense ones).
   at::Tensor backward_weight(const at::Tensor& grad, const at::Tensor& x) const;
   /// Rows [begin, end) as [end - begin, in] in the given dtype; may share storage with the weight.
@@ -87,6 +99,10 @@ class WeightForm {
   virtual void check(const Weight& w) const = 0;
   virtual at::Tensor linear(const Weight& w, const at::Tensor& x) const = 0;
   virtual at::Tensor backward_input(const Weight& w, const at::Tensor& grad) const = 0;
+  /// The same with terms; here in two passes.
+  virtual at::Tensor linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const;
+  virtual at::Tensor backward_input_plus(const Weight& w, const at::Tensor& grad,
+                                         const Terms& terms) const;
   virtual at::Tensor backward_weight(const Weight& w, const at::Tensor& grad,
                                      const at::Tensor& x) const;
   virtual at::Tensor rows(const Weight& w, int64_t begin, int64_t end,

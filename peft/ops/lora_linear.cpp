@@ -6,6 +6,7 @@
 
 #include <budwood/peft/ops/lora_linear.h>
 #include <budwood/quant/ops.h>
+#include <budwood/quant/panels.h>
 
 namespace budwood::ops {
 namespace {
@@ -31,6 +32,20 @@ void check_factors(const at::Tensor& x, at::IntArrayRef shape, const at::Tensor&
               a.scalar_type(), " and ", b.scalar_type());
 }
 
+// t m in the dtype of the factor m, [in, r] or a transposed factor.
+at::Tensor low_rank_product(const at::Tensor& t, const at::Tensor& m) {
+  if (m.scalar_type() == at::kFloat && m.is_cpu() && quant::has_gemm(t, {}))
+    return m.stride(1) == 1 ? quant::times_plain(t, m) : quant::times_plain_transposed(t, m.t());
+  return t.to(m.scalar_type()).mm(m);
+}
+
+// narrowᵀ wide with narrow [tokens, r] in the dtype of a factor.
+at::Tensor gradient_product(const at::Tensor& narrow, const at::Tensor& wide) {
+  if (narrow.scalar_type() == at::kFloat && quant::has_gemm(wide, {}))
+    return quant::times_plain(narrow.t().contiguous(), wide);
+  return narrow.t().mm(wide.to(narrow.scalar_type()));
+}
+
 // Returns (y, u) with u = x Aᵀ [tokens, r], which the backward reads again.
 std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, at::TensorList parts,
                                                   int64_t format, at::IntArrayRef shape,
@@ -38,15 +53,8 @@ std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, at::Tenso
                                                   const at::Tensor& b, double scaling) {
   check_factors(x, shape, a, b);
   const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
-  auto u = flat(x).to(a.scalar_type()).mm(a.t());
-  auto y = w.linear(x);
-  auto rows = y.view({-1, shape[0]});
-  if (rows.scalar_type() == b.scalar_type())
-    rows.addmm_(u, b.t(), 1, scaling);
-  else
-    rows.add_(u.mm(b.t()), scaling);
-  if (bias) y.add_(bias->to(y.scalar_type()));
-  return {y, u};
+  const auto u = low_rank_product(flat(x), a.t());
+  return {w.linear(x, {.bias = bias, .left = u, .right = b.t(), .scale = scaling}), u};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_kernel(
@@ -55,19 +63,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_kernel(
     bool need_x) {
   const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
   const auto dy = flat(grad);
-  const auto dy_low = dy.to(b.scalar_type());
-  const auto v = dy_low.mm(b).mul_(scaling);
-  auto db = dy_low.t().mm(u).mul_(scaling);
-  auto da = v.t().mm(flat(x).to(a.scalar_type()));
+  const auto v = low_rank_product(dy, b).mul_(scaling);
+  auto db = gradient_product(u, dy).mul_(scaling).t().contiguous();
+  auto da = gradient_product(v, flat(x));
   at::Tensor dx = at::empty({0}, grad.options());
-  if (need_x) {
-    dx = w.backward_input(dy);
-    if (dx.scalar_type() == a.scalar_type())
-      dx.addmm_(v, a);
-    else
-      dx.add_(v.mm(a));
-    dx = dx.view(x.sizes());
-  }
+  if (need_x) dx = w.backward_input(dy, {.left = v, .right = a}).view(x.sizes());
   return {dx, da, db};
 }
 

@@ -60,6 +60,16 @@ void check_form(const char* where, int bits, int64_t group_size) {
   }
 }
 
+void check_piece(const AffineView& weight, int64_t row, int64_t rows, int64_t begin, int64_t n) {
+  check_form("dequantize_affine", weight.bits, weight.group_size);
+  if (row < 0 || rows < 0 || row > weight.rows - rows || begin < 0 || n < 0 ||
+      begin > weight.cols - n) {
+    throw Error("dequantize_affine",
+                fmt::format("rows [{}, {}), columns [{}, {}) of a matrix [{}, {}]", row, row + rows,
+                            begin, begin + n, weight.rows, weight.cols));
+  }
+}
+
 }  // namespace
 
 const AffinePath kAffineScalar = {decode_4, decode_8};
@@ -143,38 +153,40 @@ QuantizeStatus quantize_affine_row(int bits, AffineMode mode, const float* src, 
   return {};
 }
 
-void dequantize_affine_row(const AffineView& weight, int64_t row, int64_t begin, int64_t n,
-                           FloatType out, void* dst) {
-  check_form("dequantize_affine_row", weight.bits, weight.group_size);
-  if (row < 0 || row >= weight.rows || begin < 0 || n < 0 || begin > weight.cols - n) {
-    throw Error("dequantize_affine_row",
-                fmt::format("row {}, columns [{}, {}) of a matrix [{}, {}]", row, begin, begin + n,
-                            weight.rows, weight.cols));
-  }
-  constexpr int64_t kChunk = 1024;
-  float values[kChunk];
-  const uint8_t* codes = weight.codes + row * affine_row_bytes(weight.bits, weight.cols);
-  const int64_t first_group = row * affine_groups(weight.cols, weight.group_size);
+void dequantize_affine_tile(const AffineView& weight, int64_t row, int64_t rows, int64_t begin,
+                            int64_t n, float* dst, int64_t stride) {
+  check_piece(weight, row, rows, begin, n);
+  const int64_t row_size = affine_row_bytes(weight.bits, weight.cols);
+  const int64_t groups = affine_groups(weight.cols, weight.group_size);
+  const int64_t first_group = begin / weight.group_size;
   const auto decode = weight.bits == 4 ? path().decode_4 : path().decode_8;
-  auto* bytes = static_cast<char*>(dst);
-  for (int64_t done = 0; done < n;) {
-    const int64_t chunk = std::min(n - done, kChunk);
-    float* target = out == FloatType::fp32 ? reinterpret_cast<float*>(bytes) : values;
-    for (int64_t i = 0; i < chunk;) {
-      const int64_t column = begin + done + i;
-      const int64_t group = column / weight.group_size;
-      const int64_t here = std::min(chunk - i, (group + 1) * weight.group_size - column);
-      const int64_t entry = first_group + group;
+  for (int64_t r = row; r < row + rows; ++r, dst += stride) {
+    const uint8_t* codes = weight.codes + r * row_size;
+    int64_t entry = r * groups + first_group;
+    int64_t group_end = (first_group + 1) * weight.group_size;
+    for (int64_t column = begin; column < begin + n; ++entry, group_end += weight.group_size) {
+      const int64_t here = std::min(begin + n, group_end) - column;
       const float zero = weight.zeros != nullptr ? weight.zeros[entry]
                                                  : static_cast<float>(weight.zero_points[entry]);
-      decode(codes, column, here, weight.scales[entry], zero, target + i);
-      i += here;
+      decode(codes, column, here, weight.scales[entry], zero, dst + (column - begin));
+      column += here;
     }
-    if (out != FloatType::fp32) {
-      fp32_to(out, values, bytes, chunk);
-    }
-    bytes += chunk * float_bytes(out);
-    done += chunk;
+  }
+}
+
+void dequantize_affine_row(const AffineView& weight, int64_t row, int64_t begin, int64_t n,
+                           FloatType out, void* dst) {
+  if (out == FloatType::fp32) {
+    return dequantize_affine_tile(weight, row, 1, begin, n, static_cast<float*>(dst), 0);
+  }
+  check_piece(weight, row, 1, begin, n);
+  constexpr int64_t kChunk = 1024;
+  float values[kChunk];
+  auto* bytes = static_cast<char*>(dst);
+  for (int64_t done = 0; done < n; done += kChunk) {
+    const int64_t here = std::min(n - done, kChunk);
+    dequantize_affine_tile(weight, row, 1, begin + done, here, values, 0);
+    fp32_to(out, values, bytes + done * float_bytes(out), here);
   }
 }
 

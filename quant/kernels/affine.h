@@ -64,6 +64,11 @@ struct AffineView {
 void dequantize_affine_row(const AffineView& weight, int64_t row, int64_t begin, int64_t n,
                            FloatType out, void* dst);
 
+/// Rows [row, row + rows) by columns [begin, begin + n) as fp32; rows of dst are `stride` floats
+/// apart.
+void dequantize_affine_tile(const AffineView& weight, int64_t row, int64_t rows, int64_t begin,
+                            int64_t n, float* dst, int64_t stride);
+
 /// Rows [begin, end) to dst [end - begin, cols].
 void dequantize_affine(const AffineView& weight, int64_t begin, int64_t end, FloatType out,
                        void* dst);

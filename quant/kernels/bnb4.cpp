@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <initializer_list>
 
@@ -88,6 +89,84 @@ QuantizeStatus quantize_bnb4(Bnb4Type type, const float* src, int64_t n, int64_t
     return first_not_finite(src, begin, n);
   }
   return {};
+}
+
+void dequantize_bnb4_tile(const Bnb4View& weight, int64_t cols, int64_t row, int64_t rows,
+                          int64_t col, int64_t n, float* dst, int64_t stride) {
+  check_block_size("dequantize_bnb4_tile", weight.block_size);
+  if (row < 0 || rows < 0 || col < 0 || n < 0 || col > cols - n ||
+      row > weight.count / std::max<int64_t>(1, cols) - rows) {
+    throw Error("dequantize_bnb4_tile",
+                fmt::format("rows [{}, {}), columns [{}, {}) of a weight of {} with {} columns",
+                            row, row + rows, col, col + n, weight.count, cols));
+  }
+  constexpr int64_t kChunk = 1024;
+  float scales[kChunk / 32 + 1];
+  const int shift = std::countr_zero(static_cast<uint64_t>(weight.block_size));
+  const float* table = bnb4_table(weight.type);
+  const auto decode = path().decode;
+  const NestedAbsmax& nested = weight.nested;
+  const auto outer = static_cast<uint64_t>(nested.block_size);
+  const bool in_line = weight.absmax == nullptr && nested.absmax != nullptr &&
+                       nested.codes != nullptr && nested.map != nullptr &&
+                       std::has_single_bit(outer);
+  const int outer_shift = std::countr_zero(outer);
+  for (int64_t r = row; r < row + rows; ++r, dst += stride) {
+    for (int64_t done = 0; done < n; done += kChunk) {
+      const int64_t here = std::min(n - done, kChunk);
+      const int64_t begin = r * cols + col + done;
+      const int64_t block = begin >> shift;
+      const float* absmax = scales;
+      const int64_t count = ((begin + here - 1) >> shift) - block + 1;
+      if (weight.absmax != nullptr) {
+        absmax = weight.absmax + block;
+      } else if (in_line) {  // dequantize_absmax, whose checks cost more than a short piece
+        for (int64_t i = 0; i < count; ++i) {
+          scales[i] =
+              nested.map[nested.codes[block + i]] * nested.absmax[(block + i) >> outer_shift] +
+              nested.offset;
+        }
+      } else {
+        dequantize_absmax(nested, block, count, scales);
+      }
+      decode(table, weight.codes, absmax, weight.block_size, begin, here, dst + done);
+    }
+  }
+}
+
+bool dot_bnb4(const Bnb4View& weight, int64_t cols, int64_t row, int64_t col, int64_t n,
+              const float* x, float* out) {
+  constexpr int64_t kGroup = 64;
+  constexpr int64_t kGroups = 16;
+  if (path().dot == nullptr || weight.block_size < kGroup || cols % kGroup != 0 ||
+      col % kGroup != 0 || n % kGroup != 0 || n > kGroup * kGroups) {
+    return false;
+  }
+  const int shift = std::countr_zero(static_cast<uint64_t>(weight.block_size));
+  const uint8_t* codes[4];
+  const float* scales[4];
+  float expanded[4][kGroups];
+  for (int64_t r = 0; r < 4; ++r) {
+    const int64_t begin = (row + r) * cols + col;
+    codes[r] = weight.codes + begin / 2;
+    scales[r] = expanded[r];
+    if (weight.absmax != nullptr && weight.block_size == kGroup) {
+      scales[r] = weight.absmax + (begin >> shift);
+    } else if (weight.block_size == kGroup) {
+      dequantize_absmax(weight.nested, begin >> shift, n / kGroup, expanded[r]);
+    } else {
+      for (int64_t g = 0; g < n / kGroup; ++g) {
+        const int64_t block = (begin + g * kGroup) >> shift;
+        if (weight.absmax != nullptr) {
+          expanded[r][g] = weight.absmax[block];
+        } else {
+          dequantize_absmax(weight.nested, block, 1, &expanded[r][g]);
+        }
+      }
+    }
+  }
+  path().dot(bnb4_table(weight.type), codes, scales, n / kGroup, x, out);
+  return true;
 }
 
 void dequantize_bnb4(const Bnb4View& weight, int64_t begin, int64_t n, FloatType out, void* dst) {

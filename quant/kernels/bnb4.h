@@ -62,7 +62,7 @@ struct Bnb4View {
   Bnb4Type type = Bnb4Type::nf4;
   const uint8_t* codes = nullptr;  ///< [bnb4_bytes(count)]
   const float* absmax = nullptr;   ///< [bnb4_blocks(count, block_size)], or null
-  NestedAbsmax nested;             ///< read when absmax is null
+  NestedAbsmax nested = {};        ///< read when absmax is null
   int64_t count = 0;               ///< elements
   int64_t block_size = 64;
 };
@@ -70,5 +70,16 @@ struct Bnb4View {
 /// Elements [begin, begin + n) of the flat weight to dst, n elements of out. begin may be anywhere,
 /// inside a byte too. Error for a range beyond the weight or a block size that is not allowed.
 void dequantize_bnb4(const Bnb4View& weight, int64_t begin, int64_t n, FloatType out, void* dst);
+
+/// The same as fp32 for rows [row, row + rows) by columns [col, col + n) of a matrix with `cols`
+/// columns; rows of dst are `stride` floats apart.
+void dequantize_bnb4_tile(const Bnb4View& weight, int64_t cols, int64_t row, int64_t rows,
+                          int64_t col, int64_t n, float* dst, int64_t stride);
+
+/// out[r] = sum over i of element (row + r, col + i) * x[i], for four rows and n columns; the bits
+/// of GemmPath::dot on decoded elements. False, and nothing done, where decoding first is as fast
+/// or the blocks do not suit.
+bool dot_bnb4(const Bnb4View& weight, int64_t cols, int64_t row, int64_t col, int64_t n,
+              const float* x, float* out);
 
 }  // namespace budwood::quant::kernels

@@ -111,6 +111,6 @@ bool encode(const Bnb4Encoding& encoding, const float* src, int64_t block_size, 
 
 }  // namespace
 
-const Bnb4Path kBnb4Avx2 = {decode, encode};
+const Bnb4Path kBnb4Avx2 = {decode, encode, nullptr};
 
 }  // namespace budwood::quant::kernels

@@ -84,8 +84,43 @@ bool encode(const Bnb4Encoding& encoding, const float* src, int64_t block_size, 
   return true;
 }
 
+/// 16 elements from 8 bytes: element i in lane 2 i, element 8 + i in lane 2 i + 1. Indices look at
+/// their low 4 bits alone.
+__m512 sixteen(__m512 table, const uint8_t* codes) {
+  int64_t bytes;
+  std::memcpy(&bytes, codes, sizeof bytes);
+  const __m512i places =
+      _mm512_setr_epi32(4, 4, 0, 0, 12, 12, 8, 8, 20, 20, 16, 16, 28, 28, 24, 24);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi64(bytes), places), table);
+}
+
+void dot(const float* entries, const uint8_t* const* codes, const float* const* scales,
+         int64_t groups, const float* x, float* out) {
+  const __m512 table = _mm512_loadu_ps(entries);
+  const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  const __m512i back = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                    _mm512_setzero_ps()};
+  for (int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512 column = _mm512_permutexvar_ps(order, _mm512_loadu_ps(x + 64 * g + 16 * i));
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const __m512 scale = _mm512_set1_ps(scales[r][g]);
+        const __m512 w = _mm512_mul_ps(sixteen(table, codes[r] + 32 * g + 8 * i), scale);
+        sums[r] = _mm512_fmadd_ps(w, column, sums[r]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    out[r] = sum_of(_mm512_permutexvar_ps(back, sums[r]));
+  }
+}
+
 }  // namespace
 
-const Bnb4Path kBnb4Avx512 = {decode, encode};
+const Bnb4Path kBnb4Avx512 = {decode, encode, dot};
 
 }  // namespace budwood::quant::kernels

@@ -18,6 +18,10 @@ struct Bnb4Path {
   /// One full block to block_size / 2 bytes; false when it holds a NaN or an infinity.
   bool (*encode)(const Bnb4Encoding& encoding, const float* src, int64_t block_size, uint8_t* codes,
                  float* absmax);
+  /// out[r] = sum over i of w[r][i] * x[i], summed as GemmPath::dot does, for four rows of `groups`
+  /// runs of 64 elements, each run with a scale of its own. Null where decoding first is as fast.
+  void (*dot)(const float* table, const uint8_t* const* codes, const float* const* scales,
+              int64_t groups, const float* x, float* out);
 };
 
 extern const Bnb4Path kBnb4Scalar;

@@ -82,6 +82,6 @@ bool encode_bnb4_tail(const Bnb4Encoding& encoding, const float* src, int64_t n,
   return true;
 }
 
-const Bnb4Path kBnb4Scalar = {decode, encode};
+const Bnb4Path kBnb4Scalar = {decode, encode, nullptr};
 
 }  // namespace budwood::quant::kernels

@@ -32,6 +32,40 @@ const GgufEncoders& encoders() {
   return active_path(kGgufEncodeScalar, kGgufEncodeAvx2, kGgufEncodeAvx2);
 }
 
+GgufPath::Decode decoder_of(GgmlType type) {
+  switch (type) {
+    case GgmlType::f32:
+      return [](const uint8_t* src, float* dst, int64_t n) {
+        std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
+      };
+    case GgmlType::f16:
+      return [](const uint8_t* src, float* dst, int64_t n) {
+        fp16_to_fp32(reinterpret_cast<const uint16_t*>(src), dst, n);
+      };
+    case GgmlType::bf16:
+      return [](const uint8_t* src, float* dst, int64_t n) {
+        bf16_to_fp32(reinterpret_cast<const uint16_t*>(src), dst, n);
+      };
+    case GgmlType::q4_0:
+      return path().q4_0;
+    case GgmlType::q4_1:
+      return path().q4_1;
+    case GgmlType::q5_0:
+      return path().q5_0;
+    case GgmlType::q5_1:
+      return path().q5_1;
+    case GgmlType::q8_0:
+      return path().q8_0;
+    case GgmlType::q4_k:
+      return path().q4_k;
+    case GgmlType::q5_k:
+      return path().q5_k;
+    case GgmlType::q6_k:
+      return path().q6_k;
+  }
+  return nullptr;
+}
+
 int64_t first_not_finite(const float* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     if (!std::isfinite(src[i])) {
@@ -96,38 +130,19 @@ int64_t row_bytes(GgmlType type, int64_t n) {
 }
 
 void dequantize_row(GgmlType type, const void* src, float* dst, int64_t n) {
+  dequantize_rows(type, src, 0, 1, dst, 0, n);
+}
+
+void dequantize_rows(GgmlType type, const void* src, int64_t src_stride, int64_t rows, float* dst,
+                     int64_t dst_stride, int64_t n) {
   const int64_t blocks = checked_blocks("dequantize_row", type, n);
   if (blocks == 0) {
     return;
   }
+  const auto decode = decoder_of(type);
   const auto* bytes = static_cast<const uint8_t*>(src);
-  const auto* halves = static_cast<const uint16_t*>(src);
-  switch (type) {
-    case GgmlType::f32:
-      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
-      return;
-    case GgmlType::f16:
-      return fp16_to_fp32(halves, dst, n);
-    case GgmlType::bf16:
-      return bf16_to_fp32(halves, dst, n);
-    case GgmlType::q4_0:
-      return path().q4_0(bytes, dst, blocks);
-    case GgmlType::q4_1:
-      return path().q4_1(bytes, dst, blocks);
-    case GgmlType::q5_0:
-      return path().q5_0(bytes, dst, blocks);
-    case GgmlType::q5_1:
-      return path().q5_1(bytes, dst, blocks);
-    case GgmlType::q8_0:
-      return path().q8_0(bytes, dst, blocks);
-    case GgmlType::q4_k:
-      return path().q4_k(bytes, dst, blocks);
-    case GgmlType::q5_k:
-      return path().q5_k(bytes, dst, blocks);
-    case GgmlType::q6_k:
-      return path().q6_k(bytes, dst, blocks);
-    default:
-      return;  // refused by checked_blocks
+  for (int64_t r = 0; r < rows; ++r, bytes += src_stride, dst += dst_stride) {
+    decode(bytes, dst, blocks);
   }
 }
 

@@ -27,6 +27,10 @@ int64_t row_bytes(GgmlType type, int64_t n);
 /// Decodes n elements (a multiple of the block) from src to dst; src needs no alignment.
 void dequantize_row(GgmlType type, const void* src, float* dst, int64_t n);
 
+/// The same for `rows` rows of n elements, src_stride bytes and dst_stride floats apart.
+void dequantize_rows(GgmlType type, const void* src, int64_t src_stride, int64_t rows, float* dst,
+                     int64_t dst_stride, int64_t n);
+
 /// Encodes n elements (a multiple of the block) into dst, row_bytes(type, n) long, with the bytes
 /// of ggml's reference quantisers. Throws Error for a type that cannot be written; faults of the
 /// data (NaN, infinity, a scale beyond fp16, where ggml would store infinity) are returned. A block

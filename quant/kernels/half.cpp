@@ -62,4 +62,20 @@ void fp32_to(FloatType type, const float* src, void* dst, int64_t n) {
   }
 }
 
+void to_fp32(FloatType type, const void* src, float* dst, int64_t n) {
+  switch (type) {
+    case FloatType::fp32:
+      if (n > 0) {
+        std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
+      }
+      return;
+    case FloatType::bf16:
+      bf16_to_fp32(static_cast<const uint16_t*>(src), dst, n);
+      return;
+    case FloatType::fp16:
+      fp16_to_fp32(static_cast<const uint16_t*>(src), dst, n);
+      return;
+  }
+}
+
 }  // namespace budwood::quant::kernels

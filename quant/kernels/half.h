@@ -22,8 +22,9 @@ void bf16_to_fp32(const uint16_t* src, float* dst, int64_t n);
 void fp32_to_fp16(const float* src, uint16_t* dst, int64_t n);
 void fp32_to_bf16(const float* src, uint16_t* dst, int64_t n);
 
-/// n floats to n elements of `type` at dst; fp32 is a copy.
+/// n floats to n elements of `type` at dst, and back; fp32 is a copy.
 void fp32_to(FloatType type, const float* src, void* dst, int64_t n);
+void to_fp32(FloatType type, const void* src, float* dst, int64_t n);
 
 // One element. Static, so that no file compiled for a wider instruction set lends its copy to
 // others.

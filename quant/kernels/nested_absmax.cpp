@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 namespace budwood::quant::kernels {
@@ -96,7 +97,10 @@ void dequantize_absmax(const NestedAbsmax& nested, int64_t begin, int64_t n, flo
         fmt::format("codes, map and absmax must be set and the block size positive; it is {}",
                     nested.block_size));
   }
-  int64_t outer = begin / nested.block_size;
+  // Divisions are slow beside the few values that are asked for.
+  const auto size = static_cast<uint64_t>(nested.block_size);
+  int64_t outer =
+      std::has_single_bit(size) ? begin >> std::countr_zero(size) : begin / nested.block_size;
   for (int64_t block = begin; block < begin + n; ++outer) {
     const int64_t stop = std::min(begin + n, (outer + 1) * nested.block_size);
     for (; block < stop; ++block) {

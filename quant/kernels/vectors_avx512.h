@@ -62,4 +62,13 @@ static inline int32_t largest_magnitude_bits(const float* src, int64_t n) {
   return _mm512_reduce_max_epi32(most);
 }
 
+/// The upper half of the lanes is added to the lower, four times.
+static inline float sum_of(__m512 lanes) {
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(lanes), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes), upper);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 }  // namespace budwood::quant::kernels

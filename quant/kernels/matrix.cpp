@@ -1,0 +1,32 @@
+#include <budwood/quant/kernels/int8.h>
+#include <budwood/quant/kernels/matrix.h>
+
+#include <cstring>
+
+namespace budwood::quant::kernels {
+
+void DenseMatrix::decode(int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst,
+                         int64_t stride) const {
+  const auto* src = static_cast<const char*>(data_) + (row * stride_ + col) * float_bytes(type_);
+  for (int64_t r = 0; r < rows; ++r, dst += stride, src += stride_ * float_bytes(type_)) {
+    to_fp32(type_, src, dst, cols);
+  }
+}
+
+void GgufMatrix::decode(int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst,
+                        int64_t stride) const {
+  const int64_t row_size =
+      Matrix::cols() / block() * static_cast<int64_t>(ggml_type_traits(type_).block_bytes);
+  const auto* src = static_cast<const char*>(blocks_) + row * row_size +
+                    col / block() * static_cast<int64_t>(ggml_type_traits(type_).block_bytes);
+  dequantize_rows(type_, src, row_size, rows, dst, stride, cols);
+}
+
+void Int8Matrix::decode(int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst,
+                        int64_t stride) const {
+  for (int64_t r = row; r < row + rows; ++r, dst += stride) {
+    dequantize_int8_row(codes_ + r * Matrix::cols() + col, scales_[r], cols, FloatType::fp32, dst);
+  }
+}
+
+}  // namespace budwood::quant::kernels
