@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <budwood/peft/tensor_file.h>
+#include <budwood/quant/device_products.h>
 #include <budwood/quant/quantize.h>
 
 namespace py = pybind11;
@@ -38,4 +39,6 @@ void bind_quant(py::module_& m) {
       },
       py::arg("parts"), py::arg("format"), py::arg("shape"), py::arg("dtype") = "float32",
       py::call_guard<py::gil_scoped_release>(), "The matrix [out, in] that a weight stands for.");
+  m.def("packed_devices", &packed_devices,
+        "Kinds of devices on which this build multiplies packed weights, 'cpu' first.");
 }

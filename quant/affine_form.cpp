@@ -17,7 +17,9 @@ class Affine final : public PackedForm {
 
   void check(const Weight& w) const override {
     check_parts(w, 4, 4);
-    const int64_t groups = kernels::affine_groups(w.in, size_in_part(w, kGroupSize, "group size"));
+    const int64_t group_size = size_in_part(w, kGroupSize, "group size");
+    const int64_t groups =
+        group_size ? kernels::affine_groups(w.in, group_size) : w.parts[kScales].numel() / w.out;
     check_part(w, kCodes, "codes", at::kByte, w.out * kernels::affine_row_bytes(bits_, w.in));
     check_part(w, kScales, "scales", at::kFloat, w.out * groups);
     // Zeros are floats once an adapter has been merged into them.

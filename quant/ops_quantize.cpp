@@ -83,10 +83,14 @@ TORCH_LIBRARY_FRAGMENT(budwood, m) {
   m.impl("linear_4bit", linear_4bit);
 }
 
-TORCH_LIBRARY_IMPL(budwood, CPU, m) {
-  m.impl("quantize_4bit", quantize_kernel);
-  m.impl("dequantize_4bit", dequantize_kernel);
-}
+#define BUDWOOD_DEVICE_KERNELS(key)               \
+  TORCH_LIBRARY_IMPL(budwood, key, m) {           \
+    m.impl("quantize_4bit", quantize_kernel);     \
+    m.impl("dequantize_4bit", dequantize_kernel); \
+  }
+BUDWOOD_DEVICE_KERNELS(CPU)
+BUDWOOD_DEVICE_KERNELS(CUDA)
+#undef BUDWOOD_DEVICE_KERNELS
 
 TORCH_LIBRARY_IMPL(budwood, Meta, m) {
   m.impl("quantize_4bit", quantize_meta);

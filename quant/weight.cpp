@@ -93,8 +93,8 @@ at::Tensor WeightForm::backward_weight(const Weight&, const at::Tensor&, const a
 }
 
 at::Tensor WeightForm::gather(const Weight& w, const at::Tensor& ids, at::ScalarType dtype) const {
-  const auto flat = ids.reshape({-1});
-  auto result = at::empty({flat.numel(), w.in}, at::TensorOptions().dtype(dtype));
+  const auto flat = ids.reshape({-1}).to(at::kCPU);
+  auto result = at::empty({flat.numel(), w.in}, w.parts[0].options().dtype(dtype));
   const auto* id = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i) {
     if (id[i] < 0 || id[i] >= w.out)
