@@ -1,22 +1,25 @@
 # LibTorch: TORCH_INSTALL_PREFIX, TORCH_INCLUDE_DIRS, TORCH_LIBRARIES, TORCH_CXX_FLAGS and the targets
 # torch, torch_cpu and c10; BUDWOOD_TORCH_CUDA is the CUDA version torch was built with, or empty.
+# It is that of Torch_DIR, BUDWOOD_TORCH_HINTS or CMAKE_PREFIX_PATH, else the one that python3 sees.
 #
-# From Torch_DIR or CMAKE_PREFIX_PATH, else from the torch that python3 sees. A torch with CUDA is
-# not asked for its own package: that stops the configuration where the CUDA toolkit is missing or
-# incomplete, and all that is needed of it is its headers and libraries.
-if(Torch_DIR)
-  set(budwood_torch_dir "${Torch_DIR}")
-else()
-  find_path(budwood_torch_dir TorchConfig.cmake PATH_SUFFIXES share/cmake/Torch Torch
-            HINTS ${BUDWOOD_TORCH_HINTS} NO_CACHE)
-  if(NOT budwood_torch_dir)
-    find_package(Python3 COMPONENTS Interpreter QUIET)
-    if(Python3_FOUND)
-      execute_process(
-        COMMAND "${Python3_EXECUTABLE}" -c "import torch; print(torch.utils.cmake_prefix_path)"
-        OUTPUT_VARIABLE budwood_torch_prefix OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-      set(budwood_torch_dir "${budwood_torch_prefix}/Torch")
+# A torch with CUDA is not asked for its own package: that stops the configuration where the CUDA
+# toolkit is missing or incomplete, and all that is needed of it is its headers and libraries.
+set(budwood_torch_dir "${Torch_DIR}")
+string(REPLACE ":" ";" budwood_prefixes "$ENV{CMAKE_PREFIX_PATH}")
+foreach(prefix ${BUDWOOD_TORCH_HINTS} ${CMAKE_PREFIX_PATH} ${budwood_prefixes})
+  foreach(suffix . Torch share/cmake/Torch torch/share/cmake/Torch)
+    if(NOT budwood_torch_dir AND EXISTS "${prefix}/${suffix}/TorchConfig.cmake")
+      get_filename_component(budwood_torch_dir "${prefix}/${suffix}" ABSOLUTE)
     endif()
+  endforeach()
+endforeach()
+if(NOT budwood_torch_dir)
+  find_package(Python3 COMPONENTS Interpreter QUIET)
+  if(Python3_FOUND)
+    execute_process(
+      COMMAND "${Python3_EXECUTABLE}" -c "import torch; print(torch.utils.cmake_prefix_path)"
+      OUTPUT_VARIABLE budwood_prefixes OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    set(budwood_torch_dir "${budwood_prefixes}/Torch")
   endif()
 endif()
 get_filename_component(budwood_torch_root "${budwood_torch_dir}/../../.." ABSOLUTE)
@@ -37,6 +40,7 @@ if(EXISTS "${budwood_torch_root}/lib/libtorch_cuda.so")
       add_library(${name} SHARED IMPORTED)
       set_target_properties(${name} PROPERTIES
         IMPORTED_LOCATION "${budwood_torch_root}/lib/lib${name}.so"
+        INTERFACE_COMPILE_DEFINITIONS "USE_DISTRIBUTED;USE_C10D_GLOO;USE_RPC;USE_TENSORPIPE"
         INTERFACE_INCLUDE_DIRECTORIES "${TORCH_INCLUDE_DIRS}")
     endif()
   endforeach()

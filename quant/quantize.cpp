@@ -30,8 +30,8 @@ at::Tensor bytes_of(at::IntArrayRef shape) {
 at::Tensor floats_of(at::IntArrayRef shape) {
   return at::empty(shape, at::TensorOptions().dtype(at::kFloat));
 }
-at::Tensor one_integer(int64_t value) {
-  return at::full({1}, value, at::TensorOptions().dtype(at::kLong));
+at::Tensor one_integer(int64_t value, at::Device device = at::kCPU) {
+  return at::full({1}, value, at::TensorOptions().dtype(at::kLong).device(device));
 }
 
 [[noreturn]] void refuse(const at::Tensor& w, const QuantizeStatus& status, int64_t element) {
@@ -89,7 +89,7 @@ Weight to_bnb4(const at::Tensor& w, const QuantizeOptions& options) {
                    begin);
     });
   }
-  Weight result{{codes, absmax, one_integer(size)}, format, out, in};
+  Weight result{{codes, absmax, one_integer(size, w.device())}, format, out, in};
   if (!options.double_quant) return result;
   const int64_t blocks = absmax.numel();
   // Few, so they are taken to the CPU from wherever they are.
@@ -103,7 +103,7 @@ Weight to_bnb4(const at::Tensor& w, const QuantizeOptions& options) {
   std::copy_n(kernels::dynamic_map(), 256, map.mutable_data_ptr<float>());
   result.parts = {codes,
                   scale_codes.to(w.device()),
-                  one_integer(size),
+                  result.parts[2],
                   nested.to(w.device()),
                   map.to(w.device()),
                   offset.to(w.device())};
