@@ -17,9 +17,8 @@ Format format_of(std::string_view quant_type) {
   throw Error("quantize_4bit", "quant_type is nf4 or fp4, found " + std::string(quant_type));
 }
 
-// Beside the codes: tracing wants all parts of a weight on one device.
-at::Tensor one_integer(int64_t value, const at::Tensor& codes) {
-  return at::full({1}, value, codes.options().dtype(at::kLong));
+at::Tensor one_integer(int64_t value, at::Device device) {
+  return at::full({1}, value, at::TensorOptions().dtype(at::kLong).device(device));
 }
 
 Pair quantize_kernel(const at::Tensor& w, c10::string_view quant_type, int64_t block_size) {
@@ -45,7 +44,7 @@ at::Tensor dequantize_kernel(const at::Tensor& codes, const at::Tensor& absmax,
                              c10::string_view quant_type, int64_t block_size, at::IntArrayRef shape,
                              at::ScalarType dtype) {
   TORCH_CHECK(shape.size() == 2, "[dequantize_4bit] shape is [out, in], found ", shape);
-  return Weight::from_parts({codes, absmax, one_integer(block_size, codes)},
+  return Weight::from_parts({codes, absmax, one_integer(block_size, at::kCPU)},
                             static_cast<int64_t>(format_of(quant_type)), shape[0], shape[1])
       .rows(0, shape[0], dtype);
 }
@@ -63,7 +62,8 @@ at::Tensor linear_4bit(const at::Tensor& x, const at::Tensor& codes, const at::T
                              .findSchemaOrThrow("budwood::linear", "")
                              .typed<at::Tensor(const at::Tensor&, at::TensorList, int64_t,
                                                c10::SymIntArrayRef, const OptionalTensor&)>();
-  const std::array parts{codes, absmax, one_integer(block_size, codes)};
+  // Tracing wants all parts of a weight on one device.
+  const std::array parts{codes, absmax, one_integer(block_size, codes.device())};
   return op.call(x, parts, static_cast<int64_t>(format_of(quant_type)), shape, bias);
 }
 
