@@ -104,7 +104,7 @@ cuda-check: $(CUDA_VENV)/.ready
 	$(call say,C++ tests with torch $(CUDA_TORCH); device code runs only where there is a GPU)
 	ctest --test-dir $(CUDA_BUILD) --output-on-failure
 	$(call say,Python tests with torch $(CUDA_TORCH), on the CPU)
-	PYTHONPATH=$(CUDA_BUILD)/python $(cuda_py) -m pytest tests/python
+	PYTHONPATH=$(CUDA_BUILD)/python $(cuda_py) -m pytest -rs tests/python
 
 lint: $(VENV)/.ready
 	$(py) -m ruff check python tests examples benchmarks
