@@ -1,16 +1,21 @@
 # make demo   fine-tune a real model on real text (installs what is missing, builds, runs)
 # make test   build everything and run every test
+# make cuda-check   the same with CUDA kernels and a torch that has CUDA (5 GB; needs nvcc, no GPU)
 # make lint | bench | clean
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+CUDA_TORCH ?= 2.14.1
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
 JOBS ?= $(shell nproc)
 BUILD := build/release
+CUDA_BUILD := build/cuda
 
 py := $(VENV)/bin/python
+cuda_py := $(CUDA_VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check
 say = @printf '\n\033[1m== %s\033[0m\n' "$(1)"
 
@@ -26,10 +31,10 @@ endif
 sources := $(shell find quant peft bindings tools cmake python tests/cpp -type f \
   -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml VERSION
 
-.PHONY: help demo test lint bench clean build system check-consumer
+.PHONY: help demo test cuda-check lint bench clean build system check-consumer
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 system:
 	@missing=; for p in $(apt_packages); do \
@@ -78,13 +83,36 @@ test: build
 	$(call say,Python tests)
 	$(py) -m pytest tests/python
 
+# Another torch, with CUDA, in an environment of its own. Device code runs only where there is a GPU.
+$(CUDA_VENV)/.ready: requirements-dev.txt requirements-data.txt | system
+	$(call say,Python environment in $(CUDA_VENV) with torch $(CUDA_TORCH), about 6 GB)
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(cuda_py) -m pip install -q --upgrade pip
+	$(cuda_py) -m pip install -q torch==$(CUDA_TORCH) numpy
+	$(cuda_py) -m pip install -q -r requirements-dev.txt
+	$(cuda_py) -m pip install -q --no-deps -r requirements-data.txt
+	@touch $@
+
+cuda-check: $(CUDA_VENV)/.ready
+	$(call say,Building with CUDA kernels and torch $(CUDA_TORCH) ($(JOBS) jobs))
+	cmake -S . -B $(CUDA_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DBUDWOOD_DEVELOPER_MODE=ON -DBUDWOOD_PYTHON=ON -DBUDWOOD_CUDA=ON \
+	  -DPython3_EXECUTABLE=$(CURDIR)/$(cuda_py)
+	cmake --build $(CUDA_BUILD) -j $(JOBS)
+	$(call say,Operators registered for CUDA)
+	PYTHONPATH=$(CUDA_BUILD)/python $(cuda_py) tests/cuda/registered.py
+	$(call say,C++ tests with torch $(CUDA_TORCH); device code runs only where there is a GPU)
+	ctest --test-dir $(CUDA_BUILD) --output-on-failure
+	$(call say,Python tests with torch $(CUDA_TORCH), on the CPU)
+	PYTHONPATH=$(CUDA_BUILD)/python $(cuda_py) -m pytest -rs tests/python
+
 lint: $(VENV)/.ready
 	$(py) -m ruff check python tests examples benchmarks
 	$(py) -m ruff format --check python tests examples benchmarks
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 bench: build
 	$(py) benchmarks/step.py
 
 clean:
-	rm -rf build $(VENV) demo-out
+	rm -rf build $(VENV) $(CUDA_VENV) demo-out

@@ -6,6 +6,7 @@
 #include <budwood/quant/checkpoints/awq.h>
 #include <budwood/quant/checkpoints/checkpoint.h>
 #include <budwood/quant/checkpoints/gptq.h>
+#include <budwood/quant/device_products.h>
 #include <budwood/quant/quantize.h>
 
 namespace py = pybind11;
@@ -97,4 +98,6 @@ void bind_quant(py::module_& m) {
       py::arg("group_size") = 128, py::arg("out_features"), py::arg("in_features"),
       py::call_guard<py::gil_scoped_release>(),
       "The tensors of one linear of an AWQ checkpoint to (parts, format, [out, in]), exactly.");
+  m.def("packed_devices", &packed_devices,
+        "Kinds of devices on which this build multiplies packed weights, 'cpu' first.");
 }

@@ -3,18 +3,7 @@
 include(FetchContent)
 set(FETCHCONTENT_QUIET OFF)
 
-# LibTorch: from CMAKE_PREFIX_PATH, else from the torch that python3 sees.
-find_package(Torch QUIET)
-if(NOT Torch_FOUND)
-  find_package(Python3 COMPONENTS Interpreter QUIET)
-  if(Python3_FOUND)
-    execute_process(
-      COMMAND "${Python3_EXECUTABLE}" -c "import torch; print(torch.utils.cmake_prefix_path)"
-      OUTPUT_VARIABLE torch_prefix OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-    list(APPEND CMAKE_PREFIX_PATH "${torch_prefix}")
-  endif()
-  find_package(Torch REQUIRED)
-endif()
+include(BudwoodTorch)
 get_filename_component(torch_root "${TORCH_INSTALL_PREFIX}" ABSOLUTE)
 if(EXISTS "${torch_root}/version.py")
   file(STRINGS "${torch_root}/version.py" line REGEX "^__version__ = ")

@@ -24,7 +24,7 @@ configure_package_config_file(cmake/budwood-config.cmake.in
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/budwood-config-version.cmake"
   COMPATIBILITY SameMinorVersion)
 install(FILES "${PROJECT_BINARY_DIR}/budwood-config.cmake"
-              "${PROJECT_BINARY_DIR}/budwood-config-version.cmake"
+              "${PROJECT_BINARY_DIR}/budwood-config-version.cmake" cmake/BudwoodTorch.cmake
         DESTINATION ${config_dir} COMPONENT development)
 
 # Beside each other, in the wheel's own torch, and where torch was when this was built.

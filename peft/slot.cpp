@@ -116,7 +116,7 @@ void LinearSlotImpl::merge(const std::vector<std::string>& names) {
 
   at::NoGradGuard no_grad;
   const auto dtype = weight_.dtype();
-  auto merged = at::empty({weight_.out, weight_.in}, at::TensorOptions().dtype(dtype));
+  auto merged = at::empty({weight_.out, weight_.in}, weight_.parts[0].options().dtype(dtype));
   const int64_t step = std::max<int64_t>(1, kMergePanelElements / weight_.in);
   for (int64_t begin = 0; begin < weight_.out; begin += step) {
     const int64_t end = std::min(weight_.out, begin + step);

@@ -10,25 +10,6 @@ namespace {
 
 enum Part : size_t { kCodes, kScales, kZeros, kGroupSize, kOrder };
 
-// Rows are put into W's order one by one, for what reads rows; products do not come here.
-class OrderedMatrix final : public kernels::Matrix {
- public:
-  OrderedMatrix(const kernels::AffineView& view, const int32_t* order)
-      : Matrix(view.rows, view.cols, view.cols), view_(view), order_(order) {}
-  void decode(int64_t row, int64_t rows, int64_t, int64_t, float* dst,
-              int64_t stride) const override {
-    std::vector<float> stored(static_cast<size_t>(view_.cols));
-    for (int64_t r = row; r < row + rows; ++r, dst += stride) {
-      dequantize_affine_tile(view_, r, 1, 0, view_.cols, stored.data(), 0);
-      for (size_t p = 0; p < stored.size(); ++p) dst[order_[p]] = stored[p];
-    }
-  }
-
- private:
-  kernels::AffineView view_;
-  const int32_t* order_;
-};
-
 class Affine final : public PackedForm {
  public:
   explicit Affine(int bits) : bits_(bits) {}
@@ -36,7 +17,9 @@ class Affine final : public PackedForm {
 
   void check(const Weight& w) const override {
     check_parts(w, 4, 5);
-    const int64_t groups = kernels::affine_groups(w.in, size_in_part(w, kGroupSize, "group size"));
+    const int64_t group_size = size_in_part(w, kGroupSize, "group size");
+    const int64_t groups =
+        group_size ? kernels::affine_groups(w.in, group_size) : w.parts[kScales].numel() / w.out;
     check_part(w, kCodes, "codes", at::kByte, w.out * kernels::affine_row_bytes(bits_, w.in));
     check_part(w, kScales, "scales", at::kFloat, w.out * groups);
     // Zeros are floats once an adapter has been merged into them.
@@ -53,11 +36,17 @@ class Affine final : public PackedForm {
   at::Tensor backward_input_plus(const Weight& w, const at::Tensor& grad,
                                  const Terms& terms) const override {
     if (!ordered(w)) return PackedForm::backward_input_plus(w, grad, terms);
-    const auto stored = PackedForm::backward_input_plus(as_stored(w), grad, {});
-    auto result = at::empty_like(stored).index_copy_(-1, w.parts[kOrder].to(at::kLong), stored);
-    auto flat = result.view({-1, w.in});
-    add_terms(flat, terms);
-    return result;
+    return plus(in_order(w, PackedForm::backward_input_plus(as_stored(w), grad, {})), terms);
+  }
+
+  at::Tensor rows(const Weight& w, int64_t begin, int64_t end,
+                  at::ScalarType dtype) const override {
+    if (!ordered(w)) return PackedForm::rows(w, begin, end, dtype);
+    return in_order(w, PackedForm::rows(as_stored(w), begin, end, dtype));
+  }
+  at::Tensor gather(const Weight& w, const at::Tensor& ids, at::ScalarType dtype) const override {
+    if (!ordered(w)) return PackedForm::gather(w, ids, dtype);
+    return in_order(w, PackedForm::gather(as_stored(w), ids, dtype));
   }
 
  protected:
@@ -72,13 +61,15 @@ class Affine final : public PackedForm {
       view.zero_points = w.parts[kZeros].const_data_ptr<uint8_t>();
     else
       view.zeros = w.parts[kZeros].const_data_ptr<float>();
-    if (ordered(w))
-      return std::make_unique<OrderedMatrix>(view, w.parts[kOrder].const_data_ptr<int32_t>());
     return std::make_unique<kernels::AffineMatrix>(view);
   }
 
  private:
   static bool ordered(const Weight& w) { return w.parts.size() > kOrder; }
+  // Columns from the order of the codes to that of W.
+  static at::Tensor in_order(const Weight& w, const at::Tensor& stored) {
+    return at::empty_like(stored).index_copy_(-1, w.parts[kOrder].to(at::kLong), stored);
+  }
   static Weight as_stored(Weight w) {
     w.parts.resize(kOrder);
     return w;
@@ -86,6 +77,7 @@ class Affine final : public PackedForm {
 
   void check_order(const Weight& w) const {
     check_part(w, kOrder, "order of the columns", at::kInt, w.in);
+    if (!w.parts[kOrder].is_cpu()) return;
     const auto* order = w.parts[kOrder].const_data_ptr<int32_t>();
     std::vector<bool> seen(static_cast<size_t>(w.in));
     for (int64_t p = 0; p < w.in; ++p) {

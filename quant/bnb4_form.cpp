@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include <budwood/quant/device_rows.h>
 #include <budwood/quant/error.h>
 #include <budwood/quant/packed_form.h>
 
@@ -25,7 +26,9 @@ class Bnb4 final : public PackedForm {
       throw Error("weight",
                   fmt::format("a {} weight has 3 parts, or 6 with nested scales, found {}", name(),
                               w.parts.size()));
-    const int64_t block_size = size_in_part(w, kBlockSize, "block size");
+    const int64_t stated = size_in_part(w, kBlockSize, "block size");
+    const int64_t block_size =
+        stated ? stated : bnb4_block_size(w.out * w.in, w.parts[kAbsmax].numel());
     if (!kernels::is_bnb4_block_size(block_size))
       throw Error("weight",
                   fmt::format("the block size of a {} weight is a power of two from 32 to "

@@ -17,8 +17,8 @@ Format format_of(std::string_view quant_type) {
   throw Error("quantize_4bit", "quant_type is nf4 or fp4, found " + std::string(quant_type));
 }
 
-at::Tensor one_integer(int64_t value) {
-  return at::full({1}, value, at::TensorOptions().dtype(at::kLong));
+at::Tensor one_integer(int64_t value, at::Device device) {
+  return at::full({1}, value, at::TensorOptions().dtype(at::kLong).device(device));
 }
 
 Pair quantize_kernel(const at::Tensor& w, c10::string_view quant_type, int64_t block_size) {
@@ -44,7 +44,7 @@ at::Tensor dequantize_kernel(const at::Tensor& codes, const at::Tensor& absmax,
                              c10::string_view quant_type, int64_t block_size, at::IntArrayRef shape,
                              at::ScalarType dtype) {
   TORCH_CHECK(shape.size() == 2, "[dequantize_4bit] shape is [out, in], found ", shape);
-  return Weight::from_parts({codes, absmax, one_integer(block_size)},
+  return Weight::from_parts({codes, absmax, one_integer(block_size, at::kCPU)},
                             static_cast<int64_t>(format_of(quant_type)), shape[0], shape[1])
       .rows(0, shape[0], dtype);
 }
@@ -62,7 +62,8 @@ at::Tensor linear_4bit(const at::Tensor& x, const at::Tensor& codes, const at::T
                              .findSchemaOrThrow("budwood::linear", "")
                              .typed<at::Tensor(const at::Tensor&, at::TensorList, int64_t,
                                                c10::SymIntArrayRef, const OptionalTensor&)>();
-  const std::array parts{codes, absmax, one_integer(block_size)};
+  // Tracing wants all parts of a weight on one device.
+  const std::array parts{codes, absmax, one_integer(block_size, codes.device())};
   return op.call(x, parts, static_cast<int64_t>(format_of(quant_type)), shape, bias);
 }
 
@@ -83,10 +84,14 @@ TORCH_LIBRARY_FRAGMENT(budwood, m) {
   m.impl("linear_4bit", linear_4bit);
 }
 
-TORCH_LIBRARY_IMPL(budwood, CPU, m) {
-  m.impl("quantize_4bit", quantize_kernel);
-  m.impl("dequantize_4bit", dequantize_kernel);
-}
+#define BUDWOOD_DEVICE_KERNELS(key)               \
+  TORCH_LIBRARY_IMPL(budwood, key, m) {           \
+    m.impl("quantize_4bit", quantize_kernel);     \
+    m.impl("dequantize_4bit", dequantize_kernel); \
+  }
+BUDWOOD_DEVICE_KERNELS(CPU)
+BUDWOOD_DEVICE_KERNELS(CUDA)
+#undef BUDWOOD_DEVICE_KERNELS
 
 TORCH_LIBRARY_IMPL(budwood, Meta, m) {
   m.impl("quantize_4bit", quantize_meta);

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <budwood/quant/error.h>
 #include <budwood/quant/packed_form.h>
@@ -21,11 +22,15 @@ void PackedForm::check_parts(const Weight& w, size_t least, size_t most) const {
 void PackedForm::check_part(const Weight& w, size_t i, const char* what, at::ScalarType type,
                             int64_t count) const {
   const auto& part = w.parts[i];
-  if (!part.is_cpu())
+  const auto device = w.parts[0].device();
+  if (!part.is_cpu() && !device_products(part.device()))
     throw Error("weight",
-                fmt::format("a {} weight works on the CPU only, its {} are on {}: load the "
-                            "model with dense weights for another device",
-                            name(), what, part.device().str()));
+                fmt::format("in this build a {} weight works on {}, its {} are on {}: build with "
+                            "BUDWOOD_CUDA=ON for CUDA, or load the model with dense weights",
+                            name(), fmt::join(packed_devices(), ", "), what, part.device().str()));
+  if (part.device() != device)
+    throw Error("weight", fmt::format("the {} of a {} weight are on {}, its codes on {}", what,
+                                      name(), part.device().str(), device.str()));
   if (part.scalar_type() != type || part.numel() != count || !part.is_contiguous())
     throw Error(
         "weight",
@@ -37,7 +42,11 @@ void PackedForm::check_part(const Weight& w, size_t i, const char* what, at::Sca
 }
 
 int64_t PackedForm::size_in_part(const Weight& w, size_t i, const char* what) const {
-  check_part(w, i, what, at::kLong, 1);
+  const auto& part = w.parts[i];
+  if (part.scalar_type() != at::kLong || part.numel() != 1)
+    throw Error("weight", fmt::format("the {} of a {} weight is one int64, found {} of {}", what,
+                                      name(), part.numel(), c10::toString(part.scalar_type())));
+  if (!part.is_cpu()) return 0;
   const int64_t size = *w.parts[i].const_data_ptr<int64_t>();
   if (size < 1)
     throw Error("weight",

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <budwood/quant/calibrate/hqq.h>
+#include <budwood/quant/device_products.h>
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/affine.h>
 #include <budwood/quant/kernels/bnb4.h>
@@ -30,8 +31,8 @@ at::Tensor bytes_of(at::IntArrayRef shape) {
 at::Tensor floats_of(at::IntArrayRef shape) {
   return at::empty(shape, at::TensorOptions().dtype(at::kFloat));
 }
-at::Tensor one_integer(int64_t value) {
-  return at::full({1}, value, at::TensorOptions().dtype(at::kLong));
+at::Tensor one_integer(int64_t value, at::Device device = at::kCPU) {
+  return at::full({1}, value, at::TensorOptions().dtype(at::kLong).device(device));
 }
 
 [[noreturn]] void refuse(const at::Tensor& w, const QuantizeStatus& status, int64_t element) {
@@ -71,29 +72,42 @@ Weight to_bnb4(const at::Tensor& w, const QuantizeOptions& options) {
   if (!kernels::is_bnb4_block_size(size))
     throw Error("quantize",
                 fmt::format("block size {}; wanted a power of two from 32 to 4096", size));
-  auto codes = in % size == 0 ? bytes_of({out, in / 2}) : bytes_of({kernels::bnb4_bytes(n)});
-  auto absmax = floats_of({kernels::bnb4_blocks(n, size)});
-  auto* code = codes.mutable_data_ptr<uint8_t>();
-  auto* scale = absmax.mutable_data_ptr<float>();
-  for_pieces(w, kPanelElements, [&](int64_t begin, int64_t end, const float* values) {
-    return moved(kernels::quantize_bnb4(type, values, end - begin, size, code + begin / 2,
-                                        scale + begin / size),
-                 begin);
-  });
-  Weight result{{codes, absmax, one_integer(size)},
-                options.format == "nf4" ? Format::nf4 : Format::fp4,
-                out,
-                in};
+  const auto format = options.format == "nf4" ? Format::nf4 : Format::fp4;
+  auto codes =
+      at::empty(in % size == 0 ? std::vector{out, in / 2} : std::vector{kernels::bnb4_bytes(n)},
+                w.options().dtype(at::kByte));
+  auto absmax = at::empty({kernels::bnb4_blocks(n, size)}, w.options().dtype(at::kFloat));
+  if (const auto* device = device_products(w.device())) {
+    const auto values = w.scalar_type() == at::kDouble ? w.to(at::kFloat) : w;
+    if (const auto bad = device->encode_4bit(values, format, size, codes, absmax))
+      refuse(w, {Fault::not_finite, *bad}, *bad);
+  } else {
+    auto* code = codes.mutable_data_ptr<uint8_t>();
+    auto* scale = absmax.mutable_data_ptr<float>();
+    for_pieces(w, kPanelElements, [&](int64_t begin, int64_t end, const float* values) {
+      return moved(kernels::quantize_bnb4(type, values, end - begin, size, code + begin / 2,
+                                          scale + begin / size),
+                   begin);
+    });
+  }
+  Weight result{{codes, absmax, one_integer(size, w.device())}, format, out, in};
   if (!options.double_quant) return result;
   const int64_t blocks = absmax.numel();
+  // Few, so they are taken to the CPU from wherever they are.
+  const auto scales = absmax.cpu();
   auto scale_codes = bytes_of({blocks}), nested = floats_of({(blocks + 255) / 256});
-  auto offset = absmax.mean().reshape({1}), map = floats_of({256});
-  const auto status = kernels::quantize_absmax(scale, blocks, offset.item<float>(),
-                                               scale_codes.mutable_data_ptr<uint8_t>(),
-                                               nested.mutable_data_ptr<float>());
+  auto offset = scales.mean().reshape({1}), map = floats_of({256});
+  const auto status = kernels::quantize_absmax(
+      scales.const_data_ptr<float>(), blocks, offset.item<float>(),
+      scale_codes.mutable_data_ptr<uint8_t>(), nested.mutable_data_ptr<float>());
   if (!status.ok()) refuse(w, {Fault::out_of_range, 0}, status.index * size);
   std::copy_n(kernels::dynamic_map(), 256, map.mutable_data_ptr<float>());
-  result.parts = {codes, scale_codes, one_integer(size), nested, map, offset};
+  result.parts = {codes,
+                  scale_codes.to(w.device()),
+                  result.parts[2],
+                  nested.to(w.device()),
+                  map.to(w.device()),
+                  offset.to(w.device())};
   return result;
 }
 
@@ -162,18 +176,25 @@ Weight quantize(const at::Tensor& w, const QuantizeOptions& options) {
     throw Error("quantize",
                 fmt::format("symmetric is for int4 and affine8 with rtn, found '{}' with {}",
                             options.format, options.method));
-  if (w.dim() != 2 || w.numel() == 0 || !at::isFloatingType(w.scalar_type()) || !w.is_cpu())
+  if (w.dim() != 2 || w.numel() == 0 || !at::isFloatingType(w.scalar_type()))
     throw Error("quantize",
-                fmt::format("wanted a floating point matrix on the CPU that is not empty, found "
-                            "{} dimensions, {} elements of {} on {}",
-                            w.dim(), w.numel(), c10::toString(w.scalar_type()), w.device().str()));
+                fmt::format("wanted a floating point matrix that is not empty, found {} "
+                            "dimensions, {} elements of {}",
+                            w.dim(), w.numel(), c10::toString(w.scalar_type())));
+  if (!w.is_cpu() && !device_products(w.device()))
+    throw Error("quantize", fmt::format("in this build matrices are quantised on {}, found one on "
+                                        "{}: build with BUDWOOD_CUDA=ON for CUDA",
+                                        fmt::join(packed_devices(), ", "), w.device().str()));
   const bool bnb4 = options.format == "nf4" || options.format == "fp4";
   if (options.double_quant && !bnb4)
     throw Error("quantize",
                 fmt::format("double quantisation is for nf4 and fp4, found '{}'", options.format));
   const auto plain = w.detach().contiguous();
   if (bnb4) return to_bnb4(plain, options);
-  return options.format == "int8" ? to_int8(plain) : to_affine(plain, options);
+  // No kernels of their own on other devices: made on the CPU and taken there.
+  auto result = options.format == "int8" ? to_int8(plain.cpu()) : to_affine(plain.cpu(), options);
+  for (auto& part : result.parts) part = part.to(w.device());
+  return result;
 }
 
 }  // namespace budwood::quant

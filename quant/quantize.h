@@ -22,9 +22,10 @@ struct QuantizeOptions {
   std::string method = "rtn";
 };
 
-/// W [out, in], floating point, on the CPU. fp32 is the widest working copy and only a panel of it
-/// exists at a time. NaN, infinity and values whose scale overflows are Errors that name row and
-/// column. With nf4 and fp4, codes are [out, in / 2] when rows are whole blocks, else flat.
+/// W [out, in], floating point, to parts on its device: the CPU, or one of device_products.h, where
+/// the bytes are the same. On the CPU fp32 is the widest working copy and only a panel of it exists
+/// at a time. NaN, infinity and values whose scale overflows are Errors that name row and column.
+/// With nf4 and fp4, codes are [out, in / 2] when rows are whole blocks, else flat.
 Weight quantize(const at::Tensor& w, const QuantizeOptions& options = {});
 
 /// Throws Error for a format that quantize() does not know.

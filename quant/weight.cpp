@@ -98,15 +98,11 @@ void add_terms(at::Tensor& y, const Terms& terms) {
   if (terms.bias) y.add_(terms.bias->to(y.scalar_type()));
 }
 
-namespace {
-
 at::Tensor plus(at::Tensor y, const Terms& terms) {
   auto flat = y.view({-1, y.size(-1)});
   add_terms(flat, terms);
   return y;
 }
-
-}  // namespace
 
 at::Tensor WeightForm::linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const {
   return plus(linear(w, x), terms);
@@ -122,8 +118,8 @@ at::Tensor WeightForm::backward_weight(const Weight&, const at::Tensor&, const a
 }
 
 at::Tensor WeightForm::gather(const Weight& w, const at::Tensor& ids, at::ScalarType dtype) const {
-  const auto flat = ids.reshape({-1});
-  auto result = at::empty({flat.numel(), w.in}, at::TensorOptions().dtype(dtype));
+  const auto flat = ids.reshape({-1}).to(at::kCPU);
+  auto result = at::empty({flat.numel(), w.in}, w.parts[0].options().dtype(dtype));
   const auto* id = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i) {
     if (id[i] < 0 || id[i] >= w.out)

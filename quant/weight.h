@@ -20,6 +20,8 @@ enum class Format : int64_t {
   dense = 0,             ///< parts = {W [out, in]}, fp32, bf16, fp16 or fp64
   dense_transposed = 1,  ///< parts = {Wᵀ [in, out]}, the storage of transformers' Conv1D
 
+  // Sizes, int64 [1], may stay on the CPU when the other parts are on a device.
+
   /// LLM.int8: parts = {codes int8 [out, in], largest magnitude of each row fp32 [out]}.
   int8_rows = 2,
   /// bitsandbytes' 4 bits (kernels/bnb4.h). parts = {codes uint8, (out * in + 1) / 2 bytes of any
@@ -57,6 +59,8 @@ struct Terms {
 
 /// Adds them to y [rows, columns] in a pass of their own, in the dtype of left.
 void add_terms(at::Tensor& y, const Terms& terms);
+/// y [..., columns] with the terms added to it.
+at::Tensor plus(at::Tensor y, const Terms& terms);
 
 /// One frozen matrix, flat, as it travels through operators. Cheap to copy: tensors are shared.
 struct Weight {

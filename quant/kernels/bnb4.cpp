@@ -1,6 +1,7 @@
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/bnb4.h>
 #include <budwood/quant/kernels/bnb4_paths.h>
+#include <budwood/quant/kernels/device/bnb4_device.h>
 #include <budwood/quant/kernels/isa.h>
 #include <fmt/format.h>
 
@@ -12,36 +13,22 @@
 namespace budwood::quant::kernels {
 namespace {
 
-// Bits, not decimals: a decimal literal may land one unit away.
-constexpr uint32_t kNf4Bits[16] = {
-    0xbf800000, 0xbf3239b1, 0xbf066b30, 0xbeca32a0, 0xbe91a24d, 0xbe3d353f, 0xbdba7871, 0x00000000,
-    0x3da2faff, 0x3e24cae3, 0x3e7c04dd, 0x3ead033a, 0x3ee1a4b8, 0x3f1007ab, 0x3f3913b3, 0x3f800000};
-// The magnitudes 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4, then the same negative, but for +0 at 8.
-constexpr uint32_t kFp4Bits[16] = {
-    0x00000000, 0x3baaaaab, 0x3f2aaaab, 0x3f800000, 0x3eaaaaab, 0x3f000000, 0x3e2aaaab, 0x3e800000,
-    0x00000000, 0xbbaaaaab, 0xbf2aaaab, 0xbf800000, 0xbeaaaaab, 0xbf000000, 0xbe2aaaab, 0xbe800000};
-constexpr int32_t kNf4Order[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr int32_t kFp4Order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
-
 struct Type {
   float table[16];
   Bnb4Encoding encoding;
 
-  Type(const uint32_t* bits, const int32_t* order) {
+  explicit Type(Bnb4Type type) {
     for (int i = 0; i < 16; ++i) {
-      table[i] = float_from_bits(bits[i]);
-      encoding.order[i] = order[i];
+      table[i] = bnb4_value(type, i);
+      encoding.order[i] = bnb4_code_by_size(type, i);
+      encoding.thresholds[i] = i < 15 ? bnb4_threshold(type, i) : 0.0f;
     }
-    for (int i = 0; i < 15; ++i) {
-      encoding.thresholds[i] = (table[order[i]] + table[order[i + 1]]) / 2.0f;
-    }
-    encoding.thresholds[15] = 0.0f;
   }
 };
 
 const Type& type_of(Bnb4Type type) {
-  static const Type nf4(kNf4Bits, kNf4Order);
-  static const Type fp4(kFp4Bits, kFp4Order);
+  static const Type nf4(Bnb4Type::nf4);
+  static const Type fp4(Bnb4Type::fp4);
   return type == Bnb4Type::nf4 ? nf4 : fp4;
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <budwood/quant/kernels/device/host_device.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -29,23 +31,23 @@ void to_fp32(FloatType type, const void* src, float* dst, int64_t n);
 // One element. Static, so that no file compiled for a wider instruction set lends its copy to
 // others.
 
-static inline uint32_t float_bits(float value) {
+BUDWOOD_HOST_DEVICE static inline uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float float_from_bits(uint32_t bits) {
+BUDWOOD_HOST_DEVICE static inline float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline float bf16_to_fp32(uint16_t half) {
+BUDWOOD_HOST_DEVICE static inline float bf16_to_fp32(uint16_t half) {
   return float_from_bits(static_cast<uint32_t>(half) << 16);
 }
 
-static inline uint16_t fp32_to_bf16(float value) {
+BUDWOOD_HOST_DEVICE static inline uint16_t fp32_to_bf16(float value) {
   const uint32_t bits = float_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
     return static_cast<uint16_t>((bits >> 16) | 0x40u);
@@ -53,7 +55,7 @@ static inline uint16_t fp32_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-static inline float fp16_to_fp32(uint16_t half) {
+BUDWOOD_HOST_DEVICE static inline float fp16_to_fp32(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 0x1fu;
   const uint32_t mantissa = half & 0x3ffu;
@@ -69,7 +71,7 @@ static inline float fp16_to_fp32(uint16_t half) {
   return float_from_bits(sign | ((exponent + 112u) << 23) | (mantissa << 13));
 }
 
-static inline uint16_t fp32_to_fp16(float value) {
+BUDWOOD_HOST_DEVICE static inline uint16_t fp32_to_fp16(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
