@@ -62,8 +62,9 @@ GgufPath::Decode decoder_of(GgmlType type) {
       return path().q5_k;
     case GgmlType::q6_k:
       return path().q6_k;
+    default:
+      return nullptr;
   }
-  return nullptr;
 }
 
 int64_t first_not_finite(const float* src, int64_t n) {

@@ -112,9 +112,9 @@ TEST_CASE("a device's path multiplies GGUF blocks like the CPU's matrix") {
         Format::gguf_q8_0, Format::gguf_q4_k, Format::gguf_q5_k, Format::gguf_q6_k}) {
     const auto ggml = static_cast<kernels::GgmlType>(static_cast<int64_t>(type) - 16);
     CAPTURE(kernels::ggml_type_name(ggml));
-    const int64_t out = 11, in = 512, stride = kernels::block_bytes(ggml);
-    auto blocks =
-        torch::randint(0, 256, {out * in / kernels::block_elements(ggml), stride}, at::kByte);
+    const auto& traits = kernels::ggml_type_traits(ggml);
+    const int64_t out = 11, in = 512, stride = traits.block_bytes;
+    auto blocks = torch::randint(0, 256, {out * in / traits.block, stride}, at::kByte);
     // High bytes of the fp16 scales: 0.125 to 0.5.
     if (type == Format::gguf_q6_k)
       blocks.select(1, 209).fill_(0x30);

@@ -216,9 +216,9 @@ TEST_CASE("packed matrices are multiplied like the values they stand for") {
   matrices.push_back(std::make_unique<Bnb4Matrix>(view, 75));
   std::vector<uint8_t> nested(absmax.size());
   Floats outer((absmax.size() + 255) / 256);
-  float offset = 0.0f;
-  quantize_absmax(absmax.data(), static_cast<int64_t>(absmax.size()), nested.data(), outer.data(),
-                  &offset);
+  const float offset = 0.25f;
+  quantize_absmax(absmax.data(), static_cast<int64_t>(absmax.size()), offset, nested.data(),
+                  outer.data());
   view.count = kRows * kCols;
   view.absmax = nullptr;
   view.nested = {nested.data(), dynamic_map(), outer.data(), offset, 256};

@@ -131,11 +131,12 @@ void check_affine(int64_t rows, int64_t cols, int64_t group_size) {
 template <GgmlType kType>
 void check_gguf() {
   CAPTURE(ggml_type_name(kType));
-  CHECK(gguf_block_bytes(kType) == block_bytes(kType));
-  CHECK(gguf_block_elements(kType) == block_elements(kType));
+  const auto& traits = ggml_type_traits(kType);
+  CHECK(gguf_block_bytes(kType) == static_cast<int>(traits.block_bytes));
+  CHECK(gguf_block_elements(kType) == static_cast<int>(traits.block));
   for (const int64_t blocks : {1, 3, 8}) {
     const int64_t rows = 5;
-    const int64_t cols = blocks * block_elements(kType);
+    const int64_t cols = blocks * static_cast<int64_t>(traits.block);
     for (const bool zero : {false, true}) {
       // Random bytes hold scales that are NaN, infinite and subnormal as well.
       auto bytes = random_bytes(rows * row_bytes(kType, cols), static_cast<uint32_t>(blocks));
