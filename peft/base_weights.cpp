@@ -19,10 +19,13 @@ std::vector<BaseWeights> base_weights(torch::nn::Module& model) {
     form.weights += w.out * w.in;
     form.bytes += w.bytes();
   };
-  for (const auto& module : model.modules()) {
-    if (const auto* slot = dynamic_cast<LinearSlotImpl*>(module.get())) add(slot->weight());
-    if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(module.get())) add(table->weight());
-  }
+  const auto look_into = [&](const torch::nn::Module& module) {
+    if (const auto* slot = dynamic_cast<const LinearSlotImpl*>(&module)) add(slot->weight());
+    if (const auto* table = dynamic_cast<const EmbeddingSlotImpl*>(&module)) add(table->weight());
+  };
+  // Without itself: the model may live on the stack.
+  look_into(model);
+  for (const auto& module : model.modules(/*include_self=*/false)) look_into(*module);
   std::vector<BaseWeights> result;
   for (auto& [name, form] : forms) result.push_back(std::move(form));
   std::sort(result.begin(), result.end(),

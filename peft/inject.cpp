@@ -102,12 +102,15 @@ void count(torch::nn::Module& model, InjectReport& report) {
     if (!seen.contains(w.parts[0].unsafeGetTensorImpl())) report.total += w.out * w.in;
     for (const auto& part : w.parts) seen.insert(part.unsafeGetTensorImpl());
   };
-  for (const auto& module : model.modules()) {
-    if (const auto* slot = dynamic_cast<LinearSlotImpl*>(module.get()))
+  const auto look_into = [&](const torch::nn::Module& module) {
+    if (const auto* slot = dynamic_cast<const LinearSlotImpl*>(&module))
       count_packed(slot->weight());
-    if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(module.get()))
+    if (const auto* table = dynamic_cast<const EmbeddingSlotImpl*>(&module))
       count_packed(table->weight());
-  }
+  };
+  // Without itself: the model may live on the stack.
+  look_into(model);
+  for (const auto& module : model.modules(/*include_self=*/false)) look_into(*module);
   for (const auto& p : model.parameters()) {
     if (!seen.insert(p.unsafeGetTensorImpl()).second) continue;
     report.total += p.numel();

@@ -117,7 +117,8 @@ def test_the_error_told_is_that_of_the_layers(model_and_text, tmp_path, capsys):
 def test_families_without_a_tokeniser_take_token_files(tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
     tokens = tmp_path / "ids.tokens"
-    _C.write_token_file(str(tokens), [[i % 97 for i in range(200)]], vocab_size=97)
+    with _C.TokenFileWriter(tokens, 97) as writer:
+        writer.add([i % 97 for i in range(200)])
     report = run(
         capsys,
         *("quantize", "-m", tiny_folder("qwen3"), "-f", "int8", "--method", "awq", "-o", out),
