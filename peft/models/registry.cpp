@@ -82,9 +82,9 @@ std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source,
   } else {
     QuantizingSource quantizing(source,
                                 {.format = options.quantize,
-                                .block_size = options.block_size,
-                                .double_quant = options.double_quant,
-                                .method = options.quantize_method},
+                                 .block_size = options.block_size,
+                                 .double_quant = options.double_quant,
+                                 .method = options.quantize_method},
                                 options.quantize_skip, options.on_quantized);
     model = build(std::move(config), quantizing);
     const auto defaults = LoadOptions{}.quantize_skip;

@@ -1,4 +1,4 @@
-"""Folders of GPTQ and AWQ models, packed here by the written rules, give the logits of their weights."""
+"""GPTQ and AWQ folders, packed here by the written rules, give the logits of their weights."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def words(fields, bits, order=range(8)):
-    """[n, m] codes to int32 words [n * bits / 32, m], the field order[i] of a word in its place i."""
+    """[n, m] codes to int32 words [n * bits / 32, m]; field order[i] of a word is in place i."""
     per_word = 32 // bits
     packed = np.zeros((fields.shape[0] // per_word, fields.shape[1]), np.uint32)
     for i, field in zip(range(per_word), order, strict=False):

@@ -102,6 +102,6 @@ def test_a_weight_with_ordered_columns_is_a_sound_operator_and_takes_lora():
     )
     x = torch.randn(3, IN, requires_grad=True)
     torch.library.opcheck(torch.ops.budwood.linear.default, (x, parts, number, shape, None))
-    with pytest.raises(budwood.Error, match="order of the columns .* has 900 at place 7"):
+    with pytest.raises(budwood.Error, match=r"order of the columns .* has 900 at place 7"):
         parts[4][7] = 900
         torch.ops.budwood.linear(x, parts, number, shape)
