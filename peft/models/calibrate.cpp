@@ -263,7 +263,7 @@ class BlockCalibration {
     const auto& layers = layers_[g];
     if (std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return l.skip; })) return {};
     if (!can_move_scale(group)) return {};
-    if (const auto* source = find(group.source); !group.norm.defined() && source->skip) return {};
+    if (!group.norm.defined() && find(group.source)->skip) return {};
     std::vector<at::Tensor> weights;
     for (const auto& layer : layers) weights.push_back(layer.work);
     const auto& mean = seen_[g].hessian.mean();

@@ -170,7 +170,7 @@ METHODS = {
 
 
 def first_blocks(path, english, blocks, **options):
-    model = _C.load_model(str(path))
+    model = _C.load_model(str(path), weights="dense")
     skip = ["lm_head", *(f"layers.{i}." for i in range(blocks, 30))]
     return _C.calibrate(model, english, group_size=64, skip=skip, **options)
 
@@ -200,16 +200,21 @@ def test_hqq_beats_rounding_on_real_weights_without_data(smollm2_gguf, english):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_whole_model_says_more_likely_text_than_after_rounding(name, smollm2_gguf, english):
     def loss(**options):
-        model = _C.load_model(str(smollm2_gguf))
+        model = _C.load_model(str(smollm2_gguf), weights="dense")
         if options:
             _C.calibrate(model, english, group_size=64, **options)
-        ids = torch.tensor(english[0])
-        batch = _C.TokenBatch.from_rows(ids[None, :-1])
-        with torch.no_grad():
-            found = model.loss(batch, ids[1:])
-        return found.sum.item() / found.count
+        sums = counts = 0
+        for sequence in english:
+            ids = torch.tensor(sequence)
+            batch = _C.TokenBatch.from_rows(ids[None, :-1])
+            with torch.no_grad():
+                found = model.loss(batch, ids[1:])
+            sums, counts = sums + found.sum.item(), counts + found.count
+        return sums / counts
 
-    assert loss() < loss(**METHODS[name]) < loss(method="rtn")
+    # Fitted to this very text, a model may even become a little better on it than it was.
+    plain, fitted, rounded = loss(), loss(**METHODS[name]), loss(method="rtn")
+    assert abs(fitted - plain) < 0.7 * (rounded - plain), (plain, fitted, rounded)
 
 
 def test_hqq_can_quantise_while_loading(tiny_folder):

@@ -303,7 +303,7 @@ def test_merge_gives_a_folder_with_tokeniser_that_transformers_opens(
 
 def test_merge_never_replaces_what_it_reads(trained, model, capsys):
     arguments = ("merge", "-m", str(model), "-a", str(trained), "--overwrite", "-o")
-    assert "choose another folder" in failure(capsys, *arguments, str(model))
+    assert "choose another name" in failure(capsys, *arguments, str(model))
     assert (model / "model.safetensors").exists()
 
 

@@ -120,7 +120,8 @@ def test_base_biases_are_trained_saved_and_put_back_when_disabled(bias, wanted, 
     assert torch.equal(again(X), y)
     model.add_adapter("plain", config())
     model.set_adapter("plain")
-    assert torch.equal(model(X), base(X))
+    # An adapter that is still zero runs through our own product: torch's to rounding.
+    torch.testing.assert_close(model(X), base(X), rtol=1e-6, atol=1e-6)
     model.save_pretrained(tmp_path / "both")
     again = budwood.PeftModel.from_pretrained(net(), tmp_path / "both")
     assert torch.equal(again(X), y)

@@ -96,7 +96,7 @@ def test_a_short_text_is_told_and_what_does_not_fit_is_refused(model_and_text, t
     assert "empty.txt" in failure(capsys, *gptq, "--calibration", empty)
     assert not out.exists()
     report = run(capsys, *gptq, "--calibration", text)
-    assert "has 783 tokens, 8192 were asked for" in report["warnings"][0]
+    assert "has 784 tokens, 8192 were asked for" in report["warnings"][0]
     again = failure(capsys, *gptq, "--calibration", text)
     assert "exists" in again
 
