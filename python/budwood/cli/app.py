@@ -321,7 +321,8 @@ def quantize(
 
     nf4, fp4 and int8 give a folder in bitsandbytes' layout, which transformers opens; int4, and
     int8 with hqq, gptq or awq, one in Budwood's own; q4_0, q4_1, q8_0, f16, bf16 and f32 a GGUF
-    file for llama.cpp and its relatives. Memory holds what is packed already and one matrix.
+    file for llama.cpp and its relatives. Memory holds what is packed already and one matrix; gptq
+    and awq also hold the plain model and the activations of one block.
 
     \b
     For example:
