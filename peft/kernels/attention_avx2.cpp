@@ -1,0 +1,7 @@
+#include <budwood/peft/kernels/attention_loops.h>
+
+namespace budwood::kernels {
+
+extern const AttentionPath kAttentionAvx2 = kAttentionPath;
+
+}  // namespace budwood::kernels

@@ -1,0 +1,7 @@
+#include <budwood/peft/kernels/attention_loops.h>
+
+namespace budwood::kernels {
+
+extern const AttentionPath kAttentionScalar = kAttentionPath;
+
+}  // namespace budwood::kernels

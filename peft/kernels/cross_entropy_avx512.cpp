@@ -1,0 +1,7 @@
+#include <budwood/peft/kernels/cross_entropy_loops.h>
+
+namespace budwood::kernels {
+
+extern const CrossEntropyPath kCrossEntropyAvx512 = kCrossEntropyPath;
+
+}  // namespace budwood::kernels
