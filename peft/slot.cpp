@@ -34,18 +34,23 @@ LinearSlotImpl::LinearSlotImpl(quant::Weight weight, at::Tensor bias) {
   bias_ = std::move(bias);
 }
 
-at::Tensor LinearSlotImpl::forward(const at::Tensor& x) {
-  if (observer_) observer_(x);
-  std::vector<LinearAdapter*> running;
+std::vector<LinearAdapter*> LinearSlotImpl::running() const {
+  std::vector<LinearAdapter*> found;
   if (enabled_ && merged_.empty())
     for (const auto& entry : adapters_)
       if (std::find(active_.begin(), active_.end(), entry.name) != active_.end())
-        running.push_back(entry.adapter.get());
-  if (running.empty()) {
+        found.push_back(entry.adapter.get());
+  return found;
+}
+
+at::Tensor LinearSlotImpl::forward(const at::Tensor& x) {
+  if (observer_) observer_(x);
+  const auto adapters = running();
+  if (adapters.empty()) {
     const auto bias = bias_.defined() ? std::optional(bias_) : std::nullopt;
     return quant::linear(x, weight_, bias);
   }
-  return with_adapters(x, running);
+  return with_adapters(x, adapters);
 }
 
 at::Tensor LinearSlotImpl::with_adapters(const at::Tensor& x,

@@ -48,6 +48,8 @@ class LinearSlotImpl : public torch::nn::Module {
   /// Chooses which adapters take part in forward; names that are not attached here are ignored.
   void set_active(const std::vector<std::string>& names);
   const std::vector<std::string>& active() const { return active_; }
+  /// The adapters that take part in forward, in order; none while something is merged.
+  std::vector<LinearAdapter*> running() const;
   /// With false, forward is the bare base, bit for bit.
   void set_adapters_enabled(bool enabled) { enabled_ = enabled; }
 

@@ -5,6 +5,7 @@
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/half.h>
 #include <budwood/quant/panels.h>
+#include <budwood/quant/tensors.h>
 
 namespace budwood::quant {
 namespace {
@@ -27,27 +28,6 @@ void require_cpu(const char* where, const at::Tensor& t) {
 
 int64_t grain_rows(const kernels::Matrix& w) {
   return std::max<int64_t>(1, kGrainElements / w.cols());
-}
-
-bool has_float_type(const at::Tensor& t) {
-  const auto type = t.scalar_type();
-  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
-}
-
-kernels::FloatType float_type(at::ScalarType type) {
-  return type == at::kBFloat16 ? kernels::FloatType::bf16
-         : type == at::kHalf   ? kernels::FloatType::fp16
-                               : kernels::FloatType::fp32;
-}
-
-// torch's own threads; none inside a parallel region.
-kernels::Threads threads() {
-  if (at::in_parallel_region()) return {};
-  return {at::get_num_threads(), [](int n, const std::function<void(int)>& body) {
-            at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
-            });
-          }};
 }
 
 // One fp32 row in another dtype.
@@ -110,7 +90,7 @@ at::Tensor run(Multiply multiply, const kernels::Matrix& w, const at::Tensor& x,
                at::ScalarType type, const Terms& terms, bool exact = false) {
   const auto rows = with_contiguous_rows(x);
   auto y = at::empty({x.size(0), width}, x.options().dtype(type));
-  kernels::GemmOptions options{.exact = exact, .threads = threads()};
+  kernels::GemmOptions options{.exact = exact, .threads = torch_threads()};
   at::Tensor bias, left;
   if (terms.bias) {
     bias = terms.bias->to(at::kFloat).contiguous();
@@ -143,7 +123,7 @@ bool has_gemm(const at::Tensor& x, const Terms& terms) {
   const auto fits = [](const at::Tensor& t) {
     return !t.defined() || (t.is_cpu() && t.scalar_type() == at::kFloat);
   };
-  return x.is_cpu() && has_float_type(x) && fits(terms.left) && fits(terms.right);
+  return kernels_take(x) && fits(terms.left) && fits(terms.right);
 }
 
 kernels::DenseMatrix plain_matrix(const at::Tensor& m) {

@@ -4,7 +4,9 @@
 #include <budwood/peft/models/llama.h>
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/ops/attention.h>
+#include <budwood/peft/ops/gated.h>
 #include <budwood/peft/ops/norm.h>
+#include <budwood/peft/ops/rotary.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
 #include <cmath>
@@ -218,6 +220,14 @@ std::vector<at::Tensor> LlamaForCausalLM::head_parameters() const {
   for (const auto& p : lm_head_->parameters())
     if (p.requires_grad()) trained.push_back(p);
   return trained;
+}
+
+std::optional<quant::Weight> LlamaForCausalLM::plain_head() const {
+  const auto& weight = lm_head_->weight();
+  for (const auto& part : weight.parts)
+    if (part.requires_grad()) return {};
+  if (lm_head_->bias().defined() || !lm_head_->running().empty()) return {};
+  return weight;
 }
 
 namespace {

@@ -73,6 +73,7 @@ class LlamaForCausalLM : public CausalLM {
   at::Tensor hidden(const TokenBatch& batch, KvCache* cache = nullptr) override;
   at::Tensor logits(const at::Tensor& hidden) override;
   std::vector<at::Tensor> head_parameters() const override;
+  std::optional<quant::Weight> plain_head() const override;
   at::ScalarType dtype() const override { return dtype_; }
   at::Tensor embed(const TokenBatch& batch) override;
   std::vector<Block> blocks() override;

@@ -20,9 +20,11 @@ std::vector<Block> CausalLM::blocks() {
 }
 
 LossSum CausalLM::loss(const TokenBatch& batch, const at::Tensor& labels) {
+  const auto count = labels.ge(0).sum().item<int64_t>();
+  if (const auto head = plain_head())
+    return {ops::linear_cross_entropy(hidden(batch), labels, *head), count};
   const auto project = [this](const at::Tensor& rows) { return logits(rows); };
-  return {ops::linear_cross_entropy(hidden(batch), labels, project, head_parameters()),
-          labels.ge(0).sum().item<int64_t>()};
+  return {ops::linear_cross_entropy(hidden(batch), labels, project, head_parameters()), count};
 }
 
 }  // namespace budwood::models

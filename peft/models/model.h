@@ -2,12 +2,14 @@
 
 #include <torch/nn/module.h>
 
+#include <budwood/quant/weight.h>
 #include <budwood/peft/models/batch.h>
 #include <budwood/peft/models/blocks.h>
 #include <budwood/peft/models/config.h>
 #include <budwood/peft/models/kv_cache.h>
 #include <memory>
 #include <string>
+#include <optional>
 #include <vector>
 
 namespace budwood::models {
@@ -42,6 +44,8 @@ class CausalLM : public torch::nn::Module {
 
   /// Parameters that require grad and are used by logits() alone.
   virtual std::vector<at::Tensor> head_parameters() const = 0;
+  /// The whole of logits() when that is one frozen matrix: no bias, no adapter.
+  virtual std::optional<quant::Weight> plain_head() const { return {}; }
   /// dtype of activations.
   virtual at::ScalarType dtype() const = 0;
 

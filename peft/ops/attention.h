@@ -14,15 +14,15 @@ struct AttentionShape {
   std::vector<int64_t> cu_q, cu_k;
   double scale = 1.0;
   int64_t window = 0;  ///< keys a query sees, itself included; 0 = all before it
+  bool causal = true;  ///< false: every query sees every key of its sequence (no window then)
+  int64_t prefix = 0;  ///< so many first keys of a sequence are seen by all its queries
 };
 
-/// Causal attention over sequences laid end to end, without padding and without a mask in memory
-/// where none is needed. q [tokens_q, heads, d], k and v [tokens_k, kv_heads, d] with heads a
-/// multiple of kv_heads; result [tokens_q, heads, d]. Differentiable.
+/// Attention over sequences laid end to end, without padding. q [tokens_q, heads, d], k and v
+/// [tokens_k, kv_heads, d] with heads a multiple of kv_heads; result [tokens_q, heads, d]. A query
+/// that sees no key gets zeros. Differentiable; no matrix of scores is kept, and on the CPU none
+/// is made. Also torch.ops.budwood.attention.
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const AttentionShape& shape);
-
-/// Rotates halves (i, i + d/2) of q or k [tokens, heads, d] by the angle tables [tokens, d/2].
-at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 
 }  // namespace budwood::ops

@@ -18,12 +18,12 @@ TEST_CASE(
       torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kSum));
   const auto exact = torch::autograd::grad({whole}, {hidden, head});
   for (const int64_t chunk : {1, 2, 5, 6, 100}) {
-    const auto loss = linear_cross_entropy(hidden, labels, project, {head}, chunk);
+    const auto loss = linear_cross_entropy(hidden, labels, project, {head}, {.chunk = chunk});
     CHECK(std::abs(loss.item<double>() - whole.item<double>()) < 1e-5);
     const auto found = torch::autograd::grad({loss * 3}, {hidden, head});
     for (size_t i = 0; i < 2; ++i) CHECK(torch::allclose(found[i], 3 * exact[i], 1e-5, 1e-6));
     torch::NoGradGuard no_grad;
-    CHECK(std::abs(linear_cross_entropy(hidden, labels, project, {}, chunk).item<double>() -
+    CHECK(std::abs(linear_cross_entropy(hidden, labels, project, {}, {.chunk = chunk}).item<double>() -
                    whole.item<double>()) < 1e-5);
   }
 }
