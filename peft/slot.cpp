@@ -68,6 +68,34 @@ at::Tensor LinearSlotImpl::with_adapters(const at::Tensor& x,
   return y;
 }
 
+std::optional<ops::Projection> LinearSlotImpl::projection() const {
+  if (observer_) return {};
+  for (const auto& part : weight_.parts)
+    if (part.requires_grad()) return {};
+  const auto adapters = running();
+  if (adapters.empty()) return ops::Projection{.weight = weight_, .bias = bias_};
+  if (adapters.size() > 1) return {};
+  const auto term = adapters[0]->low_rank();
+  if (!term) return {};
+  return ops::Projection{
+      .weight = weight_, .bias = bias_, .a = term->a, .b = term->b, .scaling = term->scaling};
+}
+
+std::vector<at::Tensor> forward_together(const ops::Source& source,
+                                         const std::vector<LinearSlot>& slots) {
+  std::vector<ops::Projection> projections;
+  for (const auto& slot : slots) {
+    auto projection = slot->projection();
+    if (!projection) break;
+    projections.push_back(std::move(*projection));
+  }
+  if (projections.size() == slots.size()) return ops::project(source, projections);
+  std::vector<at::Tensor> results;
+  const auto x = source.value();
+  for (const auto& slot : slots) results.push_back(slot.ptr()->forward(x));
+  return results;
+}
+
 void LinearSlotImpl::attach(const std::string& name, std::shared_ptr<LinearAdapter> adapter) {
   if (this->adapter(name))
     throw Error("attach", fmt::format("an adapter named '{}' is attached already; attached: {}",

@@ -4,6 +4,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <budwood/peft/adapter.h>
+#include <budwood/peft/ops/projections.h>
 #include <budwood/quant/weight.h>
 #include <functional>
 #include <memory>
@@ -50,6 +51,9 @@ class LinearSlotImpl : public torch::nn::Module {
   const std::vector<std::string>& active() const { return active_; }
   /// The adapters that take part in forward, in order; none while something is merged.
   std::vector<LinearAdapter*> running() const;
+  /// The whole slot as one projection, when that is what it computes now: a frozen weight and at
+  /// most one low-rank term, and nobody looks at its input.
+  std::optional<ops::Projection> projection() const;
   /// With false, forward is the bare base, bit for bit.
   void set_adapters_enabled(bool enabled) { enabled_ = enabled; }
 
@@ -86,6 +90,11 @@ class LinearSlotImpl : public torch::nn::Module {
   bool enabled_ = true;
 };
 TORCH_MODULE(LinearSlot);
+
+/// The results of slots that read the same: in one operator where each is a projection, else one
+/// after the other.
+std::vector<at::Tensor> forward_together(const ops::Source& source,
+                                         const std::vector<LinearSlot>& slots);
 
 /// A token table: ids -> rows of W [vocabulary, dim]. The same weight can serve as a tied head.
 class EmbeddingSlotImpl : public torch::nn::Module {

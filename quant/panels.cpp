@@ -89,8 +89,10 @@ using Multiply = decltype(&kernels::multiply);
 at::Tensor run(Multiply multiply, const kernels::Matrix& w, const at::Tensor& x, int64_t width,
                at::ScalarType type, const Terms& terms, bool exact = false) {
   const auto rows = with_contiguous_rows(x);
-  auto y = at::empty({x.size(0), width}, x.options().dtype(type));
-  kernels::GemmOptions options{.exact = exact, .threads = torch_threads()};
+  const bool onto = terms.onto.defined();
+  auto y = onto ? terms.onto.reshape({x.size(0), width}).contiguous()
+                : at::empty({x.size(0), width}, x.options().dtype(type));
+  kernels::GemmOptions options{.add = onto, .exact = exact, .threads = torch_threads()};
   at::Tensor bias, left;
   if (terms.bias) {
     bias = terms.bias->to(at::kFloat).contiguous();

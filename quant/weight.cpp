@@ -96,6 +96,7 @@ void add_terms(at::Tensor& y, const Terms& terms) {
       y.add_(terms.left.mm(terms.right), terms.scale);
   }
   if (terms.bias) y.add_(terms.bias->to(y.scalar_type()));
+  if (terms.onto.defined()) y.add_(terms.onto.reshape(y.sizes()));
 }
 
 at::Tensor plus(at::Tensor y, const Terms& terms) {

@@ -49,12 +49,14 @@ enum class Format : int64_t {
   gguf_q6_k = 30,
 };
 
-/// What is added to a product in the same pass: bias [columns] to every row, and scale * left *
-/// right with left [rows, r] and right [r, columns].
+/// What is added to a product in the same pass: bias [columns] to every row; scale * left * right
+/// with left [rows, r] and right [r, columns]; and `onto`, of the result's size and dtype, whose
+/// memory the result may take.
 struct Terms {
   std::optional<at::Tensor> bias = {};
   at::Tensor left = {}, right = {};
   double scale = 1.0;
+  at::Tensor onto = {};
 };
 
 /// Adds them to y [rows, columns] in a pass of their own, in the dtype of left.

@@ -49,6 +49,10 @@ at::Tensor RmsNormImpl::forward(const at::Tensor& x) {
   return ops::rms_norm(x, weight, eps_);
 }
 
+ops::Source RmsNormImpl::of(const at::Tensor& x) const {
+  return ops::Source::rms_norm(x, weight, eps_);
+}
+
 LlamaAttentionImpl::LlamaAttentionImpl(const ModelConfig& c, int64_t layer, const std::string& path,
                                        WeightSource& source)
     : layer_(layer),
@@ -72,12 +76,13 @@ LlamaAttentionImpl::LlamaAttentionImpl(const ModelConfig& c, int64_t layer, cons
   }
 }
 
-at::Tensor LlamaAttentionImpl::forward(const at::Tensor& x, const TokenBatch& batch,
+at::Tensor LlamaAttentionImpl::forward(const ops::Source& x, const TokenBatch& batch,
                                        const RotaryTable::Angles& angles, KvCache* cache) {
-  const int64_t tokens = x.size(0);
-  auto q = q_proj_(x).view({tokens, heads_, head_dim_});
-  auto k = k_proj_(x).view({tokens, kv_heads_, head_dim_});
-  auto v = v_proj_(x).view({tokens, kv_heads_, head_dim_});
+  const int64_t tokens = batch.tokens();
+  const auto qkv = forward_together(x, {q_proj_, k_proj_, v_proj_});
+  auto q = qkv[0].view({tokens, heads_, head_dim_});
+  auto k = qkv[1].view({tokens, kv_heads_, head_dim_});
+  auto v = qkv[2].view({tokens, kv_heads_, head_dim_});
   if (!q_norm_.is_empty()) {
     q = q_norm_(q);
     k = k_norm_(k);
@@ -94,7 +99,8 @@ at::Tensor LlamaAttentionImpl::forward(const at::Tensor& x, const TokenBatch& ba
     v = all_v.reshape({-1, kv_heads_, head_dim_});
   }
   const auto out = ops::attention(q, k, v, attention_shape(batch, past, head_dim_, window_));
-  return o_proj_(out.reshape({tokens, heads_ * head_dim_}));
+  return forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})),
+                          {o_proj_})[0];
 }
 
 std::vector<InputGroup> LlamaAttentionImpl::input_groups(const std::string& path,
@@ -105,7 +111,7 @@ std::vector<InputGroup> LlamaAttentionImpl::input_groups(const std::string& path
                                  {path + ".v_proj", v_proj_}},
                  .norm = before->weight};
   qkv.output = [this, &rotary](const at::Tensor& x, const TokenBatch& batch) {
-    return forward(x, batch, rotary.at(batch.positions), nullptr);
+    return forward(ops::Source::plain(x), batch, rotary.at(batch.positions), nullptr);
   };
   auto out = one_projection(path + ".o_proj", o_proj_);
   // With fewer value heads than query heads a channel of v is several of o's.
@@ -122,14 +128,18 @@ LlamaMlpImpl::LlamaMlpImpl(const ModelConfig& c, const std::string& path, Weight
       register_module("down_proj", projection(source, path + ".down_proj", d, ff, c.mlp_bias));
 }
 
-at::Tensor LlamaMlpImpl::forward(const at::Tensor& x) {
-  return down_proj_(ops::swiglu(gate_proj_(x), up_proj_(x)));
+at::Tensor LlamaMlpImpl::forward(const ops::Source& x) {
+  const auto both = forward_together(x, {gate_proj_, up_proj_});
+  return forward_together(ops::Source::gated(kernels::Gate::silu, both[0], both[1]),
+                          {down_proj_})[0];
 }
 
 std::vector<InputGroup> LlamaMlpImpl::input_groups(const std::string& path, const RmsNorm& before) {
   InputGroup in{.projections = {{path + ".gate_proj", gate_proj_}, {path + ".up_proj", up_proj_}},
                 .norm = before->weight};
-  in.output = [this](const at::Tensor& x, const TokenBatch&) { return forward(x); };
+  in.output = [this](const at::Tensor& x, const TokenBatch&) {
+    return forward(ops::Source::plain(x));
+  };
   auto out = one_projection(path + ".down_proj", down_proj_);
   out.source = up_proj_;
   return {in, out};
@@ -148,8 +158,8 @@ LlamaBlockImpl::LlamaBlockImpl(const ModelConfig& c, int64_t layer, const std::s
 
 at::Tensor LlamaBlockImpl::forward(const at::Tensor& x, const TokenBatch& batch,
                                    const RotaryTable::Angles& angles, KvCache* cache) {
-  const auto h = x + self_attn_(input_layernorm_(x), batch, angles, cache);
-  return h + mlp_(post_attention_layernorm_(h));
+  const auto h = x + self_attn_(input_layernorm_->of(x), batch, angles, cache);
+  return h + mlp_(post_attention_layernorm_->of(h));
 }
 
 std::vector<InputGroup> LlamaBlockImpl::input_groups(const std::string& path,

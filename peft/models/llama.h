@@ -15,6 +15,8 @@ class RmsNormImpl : public torch::nn::Module {
  public:
   RmsNormImpl(at::Tensor weight, double eps);
   at::Tensor forward(const at::Tensor& x);
+  /// The norm of x as what projections read: x is kept, the norm computed again.
+  ops::Source of(const at::Tensor& x) const;
   at::Tensor weight;
 
  private:
@@ -27,7 +29,7 @@ class LlamaAttentionImpl : public torch::nn::Module {
   LlamaAttentionImpl(const ModelConfig& config, int64_t layer, const std::string& path,
                      WeightSource& source);
   /// x [tokens, hidden] -> [tokens, hidden].
-  at::Tensor forward(const at::Tensor& x, const TokenBatch& batch,
+  at::Tensor forward(const ops::Source& x, const TokenBatch& batch,
                      const RotaryTable::Angles& angles, KvCache* cache);
   /// Those who read x, and the output projection.
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary,
@@ -43,7 +45,7 @@ TORCH_MODULE(LlamaAttention);
 class LlamaMlpImpl : public torch::nn::Module {
  public:
   LlamaMlpImpl(const ModelConfig& config, const std::string& path, WeightSource& source);
-  at::Tensor forward(const at::Tensor& x);
+  at::Tensor forward(const ops::Source& x);
   std::vector<InputGroup> input_groups(const std::string& path, const RmsNorm& before);
 
  private:

@@ -4,9 +4,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <budwood/peft/ops/factors.h>
 #include <budwood/peft/ops/lora_linear.h>
 #include <budwood/quant/ops.h>
-#include <budwood/quant/panels.h>
 
 namespace budwood::ops {
 namespace {
@@ -32,20 +32,6 @@ void check_factors(const at::Tensor& x, at::IntArrayRef shape, const at::Tensor&
               a.scalar_type(), " and ", b.scalar_type());
 }
 
-// t m in the dtype of the factor m, [in, r] or a transposed factor.
-at::Tensor low_rank_product(const at::Tensor& t, const at::Tensor& m) {
-  if (m.scalar_type() == at::kFloat && m.is_cpu() && quant::has_gemm(t, {}))
-    return m.stride(1) == 1 ? quant::times_plain(t, m) : quant::times_plain_transposed(t, m.t());
-  return t.to(m.scalar_type()).mm(m);
-}
-
-// narrowᵀ wide with narrow [tokens, r] in the dtype of a factor.
-at::Tensor gradient_product(const at::Tensor& narrow, const at::Tensor& wide) {
-  if (narrow.scalar_type() == at::kFloat && quant::has_gemm(wide, {}))
-    return quant::times_plain(narrow.t().contiguous(), wide);
-  return narrow.t().mm(wide.to(narrow.scalar_type()));
-}
-
 // Returns (y, u) with u = x Aᵀ [tokens, r], which the backward reads again.
 std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, at::TensorList parts,
                                                   int64_t format, at::IntArrayRef shape,
@@ -53,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, at::Tenso
                                                   const at::Tensor& b, double scaling) {
   check_factors(x, shape, a, b);
   const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
-  const auto u = low_rank_product(flat(x), a.t());
+  const auto u = times_factor(flat(x), a.t());
   return {w.linear(x, {.bias = bias, .left = u, .right = b.t(), .scale = scaling}), u};
 }
 
@@ -63,9 +49,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_kernel(
     bool need_x) {
   const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
   const auto dy = flat(grad);
-  const auto v = low_rank_product(dy, b).mul_(scaling);
-  auto db = gradient_product(u, dy).mul_(scaling).t().contiguous();
-  auto da = gradient_product(v, flat(x));
+  const auto v = times_factor(dy, b).mul_(scaling);
+  auto db = factor_gradient(u, dy, scaling).t().contiguous();
+  auto da = factor_gradient(v, flat(x), 1.0);
   at::Tensor dx = at::empty({0}, grad.options());
   if (need_x) dx = w.backward_input(dy, {.left = v, .right = a}).view(x.sizes());
   return {dx, da, db};

@@ -14,6 +14,9 @@ constexpr int64_t kInnerInPlace = 256;
 constexpr int64_t kRowsInPlace = 24;
 // Products in one chain of sums: rounding grows with its length.
 constexpr int64_t kChain = 256;
+// From so many rows of W on, so many panels go together.
+constexpr int64_t kLongInner = 8192;
+constexpr int64_t kLongPanels = 4;
 // Rows of x that meet a panel before it is forgotten.
 constexpr int64_t kTaskRows = 1152;
 // What is decoded before it is transposed.
@@ -344,6 +347,8 @@ Job::Job(const Matrix& matrix, bool transpose, const FloatRows& x_rows, int64_t 
   bf16 = x.type == FloatType::bf16 && !options.exact && has_avx512_bf16();
   if (!transposed) {
     panels = std::max<int64_t>(1, w.block() / kPanelWidth);
+    // A long x, the gradient of logits, is read from memory for each group.
+    if (k >= kLongInner) panels = std::max(panels, kLongPanels);
     in_place = !bf16 && w.floats() != nullptr && m <= kRowsInPlace;
   }
   const int64_t most = in_place ? kInnerInPlace : kInner / panels;
