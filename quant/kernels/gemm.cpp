@@ -239,12 +239,17 @@ class Worker {
   void fill_rows(int64_t k, int64_t rows, int64_t at) {
     const Matrix& w = job_.w;
     const bool stored = job_.bf16 && w.bf16() != nullptr && rows % 2 == 0 && cols_ % 16 == 0;
-    if (!stored) {
+    const bool floats = !job_.bf16 && w.floats() != nullptr && cols_ % 16 == 0;
+    if (!stored && !floats) {
       decode_to_scratch(k, rows, col_, cols_);
     }
     for (int64_t from = 0; from < cols_; from += kPanelWidth) {
       const int64_t width = std::min(kPanelWidth, round_up(cols_ - from, 16));
       float* panel = panel_ + from * job_.inner;
+      if (floats) {
+        w.decode(k, rows, col_ + from, width, panel + at * kPanelWidth, kPanelWidth);
+        continue;
+      }
       if (!job_.bf16) {
         for (int64_t r = 0; r < rows; ++r) {
           std::copy_n(scratch_ + r * kScratchCols + from, width, panel + (at + r) * kPanelWidth);

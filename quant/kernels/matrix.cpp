@@ -4,11 +4,24 @@
 #include <cstring>
 
 namespace budwood::quant::kernels {
+namespace {
+
+// Rows that are asked for before they are copied.
+constexpr int64_t kAhead = 12;
+
+}  // namespace
 
 void DenseMatrix::decode(int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst,
                          int64_t stride) const {
   const auto* src = static_cast<const char*>(data_) + (row * stride_ + col) * float_bytes(type_);
-  for (int64_t r = 0; r < rows; ++r, dst += stride, src += stride_ * float_bytes(type_)) {
+  const int64_t row_bytes = stride_ * float_bytes(type_);
+  for (int64_t r = 0; r < rows; ++r, dst += stride, src += row_bytes) {
+    // A piece of a row is short: no stream of addresses tells the processor what comes next.
+    if (r + kAhead < rows) {
+      for (int64_t i = 0; i < cols * float_bytes(type_); i += 64) {
+        __builtin_prefetch(src + kAhead * row_bytes + i);
+      }
+    }
     to_fp32(type_, src, dst, cols);
   }
 }
