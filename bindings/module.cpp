@@ -13,6 +13,7 @@ void bind_files(py::module_& m);
 void bind_models(py::module_& m);
 void bind_inject(py::module_& m);
 void bind_train(py::module_& m);
+void bind_ops(py::module_& m);
 void bind_quant(py::module_& m);
 void bind_calibrate(py::module_& m);
 
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   bind_models(m);
   bind_inject(m);
   bind_train(m);
+  bind_ops(m);
   bind_quant(m);
   bind_calibrate(m);
 }

@@ -7,6 +7,7 @@
 #include <budwood/quant/checkpoints/checkpoint.h>
 #include <budwood/quant/checkpoints/gptq.h>
 #include <budwood/quant/device_products.h>
+#include <budwood/quant/memory_pool.h>
 #include <budwood/quant/quantize.h>
 
 namespace py = pybind11;
@@ -28,6 +29,18 @@ Weight weight_of(std::vector<at::Tensor> parts, int64_t format, const std::vecto
 }  // namespace
 
 void bind_quant(py::module_& m) {
+  m.def(
+      "enter_memory_pool", [] { return std::make_unique<MemoryPool>(); },
+      "Memory of CPU tensors is handed out again while the returned object lives.");
+  m.def("memory_pool_statistics", [] {
+    const auto now = memory_pool_statistics();
+    py::dict d;
+    d["used"] = now.used;
+    d["free"] = now.free;
+    d["peak"] = now.peak;
+    return d;
+  });
+  py::class_<MemoryPool>(m, "MemoryPool");
   m.def(
       "quantize",
       [](const at::Tensor& w, const std::string& format, int64_t block_size, bool double_quant,

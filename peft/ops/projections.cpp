@@ -71,6 +71,21 @@ class Gated final : public Reading {
   kernels::Gate kind_;
 };
 
+class Gelu final : public Reading {
+ public:
+  explicit Gelu(std::string approximate) : approximate_(std::move(approximate)) {}
+  at::Tensor value(const Tensors& inputs) const override {
+    return at::gelu(inputs[0], approximate_);
+  }
+  Tensors backward(const Tensors& inputs, const at::Tensor& grad,
+                   const std::vector<bool>&) const override {
+    return {at::gelu_backward(grad, inputs[0], approximate_)};
+  }
+
+ private:
+  std::string approximate_;
+};
+
 at::Tensor flat(const at::Tensor& t) {
   return t.reshape({-1, t.size(-1)});
 }
@@ -89,7 +104,6 @@ void check(const at::Tensor& x, const Projection& p) {
               p.weight.in, ", found ", x.sizes());
   for (const auto& part : p.weight.parts)
     TORCH_CHECK(!part.requires_grad(), "[project] the base weight is frozen, but requires grad");
-  TORCH_CHECK(p.a.defined() == p.b.defined(), "[project] A and B come together");
   if (!p.a.defined()) return;
   TORCH_CHECK(p.a.dim() == 2 && p.a.size(1) == p.weight.in && p.b.dim() == 2 &&
                   p.b.size(0) == p.weight.out && p.b.size(1) == p.a.size(0),
@@ -234,12 +248,17 @@ Source Source::gated(kernels::Gate kind, at::Tensor gate, at::Tensor up) {
   return {std::make_shared<const Gated>(kind), {std::move(gate), std::move(up)}};
 }
 
+Source Source::gelu(at::Tensor x, std::string approximate) {
+  return {std::make_shared<const Gelu>(std::move(approximate)), {std::move(x)}};
+}
+
 Tensors project(const Source& source, const std::vector<Projection>& projections) {
   auto plan = c10::make_intrusive<Plan>();
   plan->reading = source.reading;
   plan->projections = projections;
   Tensors biases, a, b;
   for (const auto& p : projections) {
+    TORCH_CHECK(p.a.defined() == p.b.defined(), "[project] A and B come together");
     if (p.bias.defined()) biases.push_back(p.bias);
     if (!p.a.defined()) continue;
     a.push_back(p.a);

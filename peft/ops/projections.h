@@ -6,6 +6,7 @@
 #include <budwood/quant/weight.h>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 /// Several projections of one input in one operator: what is computed from tensors that are kept
@@ -36,6 +37,8 @@ struct Source {
   static Source rms_norm(at::Tensor x, at::Tensor weight, double eps);
   static Source layer_norm(at::Tensor x, at::Tensor weight, at::Tensor bias, double eps);
   static Source gated(kernels::Gate kind, at::Tensor gate, at::Tensor up);
+  /// gelu(x); approximate is "none" or "tanh".
+  static Source gelu(at::Tensor x, std::string approximate);
 };
 
 /// y = x Wᵀ + bias + scaling (x Aᵀ) Bᵀ; undefined A and B stand for no low-rank term.

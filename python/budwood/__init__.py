@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .auto import AutoPeftModelForCausalLM
     from .config import LoraConfig, PeftConfig, PeftType, TaskType
     from .errors import Error
+    from .fused import OptimizeReport, optimize, unoptimize
     from .inject import InjectReport, inject_adapter_in_model
     from .mapping import (
         PeftModelForCausalLM,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
+    from .memory import memory_pool
     from .peft_model import PeftModel
     from .quantized import (
         QuantizedLinear,
@@ -38,6 +40,10 @@ _HOME = {
     "AutoPeftModelForCausalLM": "auto",
     "Error": "errors",
     "InjectReport": "inject",
+    "OptimizeReport": "fused",
+    "memory_pool": "memory",
+    "optimize": "fused",
+    "unoptimize": "fused",
     "LoraConfig": "config",
     "PeftConfig": "config",
     "PeftModel": "peft_model",
@@ -67,6 +73,7 @@ __all__ = [
     "Error",
     "InjectReport",
     "LoraConfig",
+    "OptimizeReport",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -82,10 +89,13 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "memory_pool",
+    "optimize",
     "prepare_model_for_kbit_training",
     "quantize_linear",
     "quantize_model",
     "set_peft_model_state_dict",
+    "unoptimize",
 ]
 
 
