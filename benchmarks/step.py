@@ -1,7 +1,14 @@
-"""One LoRA training step, Budwood beside HF PEFT: tokens/s and peak memory.
+"""One training step, Budwood beside HF PEFT: tokens/s and peak memory.
 
 Each contender runs in a process of its own (so that peak memory is its own), in alternation, on the
-same weights, batch, seeds and threads. The ratio is the median of Budwood over the median of PEFT.
+same weights, batch, seeds, threads and allocator settings. A ratio is the median of HF PEFT's times
+over the median of the contender's; memory is the contender's peak over HF PEFT's.
+
+Contenders: peft, an HF model with HF PEFT; peft-optimize, the same after budwood.optimize(model);
+budwood-python, an HF model with Budwood's adapters; budwood-optimize, the same after
+budwood.optimize; budwood-cpp, Budwood's own model; budwood-cpp-checkpointed, that with gradient
+checkpointing in every block. With --checkpoint the others checkpoint every block, too. All with
+optimize or cpp in their names run inside budwood.memory_pool().
 """
 
 from __future__ import annotations
@@ -14,11 +21,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from machine import cpu_name, status_mb
 
-CONTENDERS = ("peft", "budwood-python", "budwood-cpp")
+CONTENDERS = (
+    "peft",
+    "peft-optimize",
+    "budwood-python",
+    "budwood-optimize",
+    "budwood-cpp",
+    "budwood-cpp-checkpointed",
+)
+# What makes HF PEFT itself fastest: large pages, and freed memory that is kept.
+ALLOCATORS = {
+    "default": {},
+    "tuned": {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
+        ":glibc.malloc.trim_threshold=4294967296"
+    },
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -30,25 +53,34 @@ def make_batch(args, vocabulary: int):
     return ids
 
 
-def hf_step(args, library):
+def hf_step(args, library, optimized):
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    options = {"dtype": torch.float32}
+    compute = getattr(torch, args.compute)
+    options = {"dtype": compute}
     if args.base == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=compute,
         )
     model = AutoModelForCausalLM.from_pretrained(args.model, **options)
-    config = library.LoraConfig(
-        r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
-    model = library.get_peft_model(model, config)
+    if args.method == "lora":
+        config = library.LoraConfig(
+            r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
+        )
+        model = library.get_peft_model(model, config)
+    if args.checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     model.train()
+    if optimized:
+        import budwood
+
+        budwood.optimize(model)
     ids = make_batch(args, model.config.vocab_size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -62,18 +94,19 @@ def hf_step(args, library):
     return step
 
 
-def cpp_step(args):
+def cpp_step(args, checkpointed):
     import torch
 
     from budwood import _C
 
     packing = {"quantize": "nf4", "double_quant": True} if args.base == "nf4" else {}
-    model = _C.load_model(args.model, dtype="float32", **packing)
+    model = _C.load_model(args.model, dtype=args.compute, **packing)
     config = _C.LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
     )
     _C.inject(model, config)
     model.train()
+    model.checkpointing = int(checkpointed)
     ids = make_batch(args, model.config["vocab_size"])
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = ids[:, 1:]
@@ -95,30 +128,34 @@ def run_one(args) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    if args.one == "budwood-cpp":
-        step = cpp_step(args)
-    elif args.one == "budwood-python":
+    if args.one != "peft":
         import budwood
-
-        step = hf_step(args, budwood)
+    if args.one.startswith("budwood-cpp"):
+        step = cpp_step(args, args.checkpoint or args.one.endswith("checkpointed"))
+    elif args.one.startswith("budwood"):
+        step = hf_step(args, budwood, args.one.endswith("optimize"))
     else:
         import peft
 
-        step = hf_step(args, peft)
-    losses = [step()]
-    times = []
-    for _ in range(args.steps):
-        start = time.perf_counter()
-        losses.append(step())
-        times.append(time.perf_counter() - start)
+        step = hf_step(args, peft, args.one.endswith("optimize"))
+    pooled = "optimize" in args.one or args.one.startswith("budwood-cpp")
+    with budwood.memory_pool() if pooled else nullcontext():
+        losses = [step()]
+        times = []
+        for _ in range(args.steps):
+            start = time.perf_counter()
+            losses.append(step())
+            times.append(time.perf_counter() - start)
     print(json.dumps({"seconds": times, "loss": losses[0], "peak_mb": status_mb("VmHWM")}))
 
 
 def spawn(args, contender: str) -> dict:
     command = [sys.executable, __file__, "--one", contender, "--model", args.model]
-    for name in ("base", "batch", "length", "rank", "steps", "threads"):
+    for name in ("method", "base", "compute", "batch", "length", "rank", "steps", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
+    command += ["--checkpoint"] * args.checkpoint
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    env |= ALLOCATORS[args.allocator]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{contender} failed:\n{done.stderr[-2000:]}")
@@ -140,17 +177,27 @@ def prepare_model(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a Hugging Face folder (default: SmolLM2-135M)")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument(
         "--base",
-        choices=("fp32", "nf4"),
-        default="fp32",
-        help="nf4: QLoRA, PEFT with bitsandbytes",
+        choices=("dense", "nf4"),
+        default="dense",
+        help="nf4: QLoRA with double quantisation, PEFT with bitsandbytes",
     )
+    parser.add_argument(
+        "--compute",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of activations and of a dense base; adapters are fp32",
+    )
+    parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--allocator", choices=ALLOCATORS, default="default")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each contender")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each contender")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -158,24 +205,35 @@ def main() -> None:
     if args.one:
         run_one(args)
         return
+    contenders = contenders_of(args)
     with tempfile.TemporaryDirectory() as scratch:
         args.model = args.model or prepare_model(Path(scratch) / "model")
-        seconds = {name: [] for name in CONTENDERS}
-        peaks = {name: [] for name in CONTENDERS}
+        seconds = {name: [] for name in contenders}
+        peaks = {name: [] for name in contenders}
         loss = {}
         for number in range(args.rounds):
-            for name in CONTENDERS:
+            for name in contenders:
                 result = spawn(args, name)
                 seconds[name] += result["seconds"]
                 peaks[name].append(result["peak_mb"])
                 loss[name] = result["loss"]
                 if not args.json:
                     print(
-                        f"round {number + 1}/{args.rounds}  {name:15} "
+                        f"round {number + 1}/{args.rounds}  {name:24} "
                         f"{min(result['seconds']):6.2f} s/step",
                         flush=True,
                     )
     report(args, seconds, peaks, loss)
+
+
+def contenders_of(args) -> list[str]:
+    names = args.contenders.split(",")
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown or "peft" not in names:
+        sys.exit(f"--contenders names peft and any of {', '.join(CONTENDERS[1:])}; found {names}")
+    if args.method == "full":  # Budwood's own models train adapters
+        names = [name for name in names if name in ("peft", "peft-optimize")]
+    return names
 
 
 def report(args, seconds, peaks, loss) -> None:
@@ -184,7 +242,7 @@ def report(args, seconds, peaks, loss) -> None:
     tokens = args.batch * args.length
     rows = {}
     base = statistics.median(seconds["peft"])
-    for name in CONTENDERS:
+    for name in seconds:
         middle = statistics.median(seconds[name])
         rows[name] = {
             "seconds": middle,
@@ -200,7 +258,12 @@ def report(args, seconds, peaks, loss) -> None:
         "cpu": cpu_name(),
         "threads": args.threads,
         "torch": torch.__version__,
+        "method": args.method,
         "base": args.base,
+        "compute": args.compute,
+        "checkpoint": args.checkpoint,
+        "allocator": args.allocator,
+        "rounds": args.rounds,
         "batch": args.batch,
         "length": args.length,
         "rank": args.rank,
@@ -208,19 +271,20 @@ def report(args, seconds, peaks, loss) -> None:
     if args.json:
         print(json.dumps({"context": context, "rows": rows}, indent=2))
         return
+    method = f"LoRA r{args.rank} on all 7 projections" if args.method == "lora" else "Full training"
     print(
-        f"\nLoRA r{args.rank} on all 7 projections, {args.base} base, "
-        f"{args.batch} x {args.length} tokens, "
-        f"{args.threads} threads, {context['cpu']}, torch {context['torch']}, default allocator"
+        f"\n{method}, {args.base} base, {args.compute}{', checkpointed' * args.checkpoint}, "
+        f"{args.batch} x {args.length} tokens,\n{args.threads} threads, {context['cpu']}, "
+        f"torch {context['torch']}, {args.allocator} allocator"
     )
     print(
-        f"{'':15} {'s/step':>8} {'(min-max)':>15} {'tok/s':>8} {'speed':>7} {'peak MB':>9} "
+        f"{'':24} {'s/step':>8} {'(min-max)':>15} {'tok/s':>8} {'speed':>7} {'peak MB':>9} "
         f"{'memory':>7}  first loss"
     )
     for name, row in rows.items():
         spread = f"({row['seconds_min']:.2f}-{row['seconds_max']:.2f})"
         print(
-            f"{name:15} {row['seconds']:8.2f} {spread:>15} {row['tokens_per_second']:8.0f} "
+            f"{name:24} {row['seconds']:8.2f} {spread:>15} {row['tokens_per_second']:8.0f} "
             f"{row['speed_ratio']:6.2f}x {row['peak_mb']:9.0f} {row['memory_ratio']:6.2f}x  "
             f"{row['first_loss']:.6f}"
         )

@@ -110,6 +110,9 @@ void bind_models(py::module_& m) {
       .def(
           "hidden", [](CausalLM& model, const TokenBatch& batch) { return model.hidden(batch); },
           py::call_guard<py::gil_scoped_release>())
+      .def_property("checkpointing", &CausalLM::checkpointing, &CausalLM::set_checkpointing,
+                    "Every k-th block runs again in the backward instead of keeping what it "
+                    "computed; 0 = none does.")
       .def("logits", &CausalLM::logits, py::call_guard<py::gil_scoped_release>())
       .def("loss", &CausalLM::loss, py::arg("batch"), py::arg("labels"),
            py::call_guard<py::gil_scoped_release>(),

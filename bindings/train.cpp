@@ -273,6 +273,23 @@ void bind_train(py::module_& m) {
            "on_log(metrics) is called at logged steps, on_evaluation(step, evaluation) after an\n"
            "evaluation. With handle_signals, Ctrl-C and SIGTERM make it write a checkpoint and\n"
            "return with interrupted = True; a second one ends the process.")
+      .def_property_readonly(
+          "memory_plan",
+          [](const Trainer& trainer) {
+            const auto plan = trainer.memory_plan();
+            py::dict d;
+            d["process"] = plan.process;
+            d["weights"] = plan.weights;
+            d["mapped"] = plan.mapped;
+            d["adapters"] = plan.adapters;
+            d["gradients"] = plan.gradients;
+            d["optimizer"] = plan.optimizer;
+            d["activations"] = plan.activations;
+            d["workspace"] = plan.workspace;
+            d["total"] = plan.total();
+            return d;
+          },
+          "Bytes that a run is expected to hold at its highest, by kind.")
       .def("evaluate",
            [](Trainer& trainer) {
              Evaluation result;

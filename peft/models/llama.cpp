@@ -4,8 +4,10 @@
 #include <budwood/peft/models/llama.h>
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/ops/attention.h>
+#include <budwood/peft/ops/cross_entropy.h>
 #include <budwood/peft/ops/gated.h>
 #include <budwood/peft/ops/norm.h>
+#include <budwood/peft/ops/recompute.h>
 #include <budwood/peft/ops/rotary.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
@@ -28,6 +30,15 @@ InputGroup one_projection(const std::string& path, const LinearSlot& slot) {
   InputGroup group{.projections = {{path, slot}}};
   group.output = [slot](const at::Tensor& x, const TokenBatch&) { return slot.ptr()->forward(x); };
   return group;
+}
+
+// What a slot keeps of a token beside its input: x Aᵀ, or for adapters that run on their own the
+// input as they read it.
+int64_t slot_keeps(const LinearSlot& slot, int64_t element) {
+  constexpr int64_t fp32 = 4;
+  if (const auto p = slot->projection()) return p->a.defined() ? p->a.size(0) * fp32 : 0;
+  const auto adapters = static_cast<int64_t>(slot->running().size());
+  return slot->in_features() * (element + adapters * (fp32 + 1));
 }
 
 // Where the keys of each sequence start and end when `past` of them are cached already.
@@ -119,6 +130,15 @@ std::vector<InputGroup> LlamaAttentionImpl::input_groups(const std::string& path
   return {qkv, out};
 }
 
+int64_t LlamaAttentionImpl::kept_per_token(int64_t element) const {
+  // q, k, v and the result, and q and k before their norms; the logarithm of each sum of scores.
+  const int64_t q = heads_ * head_dim_, kv = kv_heads_ * head_dim_;
+  const int64_t normed = q_norm_.is_empty() ? 0 : q + kv;
+  int64_t bytes = (2 * q + 2 * kv + normed) * element + heads_ * 4;
+  for (const auto& slot : {q_proj_, k_proj_, v_proj_, o_proj_}) bytes += slot_keeps(slot, element);
+  return bytes;
+}
+
 LlamaMlpImpl::LlamaMlpImpl(const ModelConfig& c, const std::string& path, WeightSource& source) {
   const int64_t d = c.hidden_size, ff = c.intermediate_size;
   gate_proj_ =
@@ -145,6 +165,12 @@ std::vector<InputGroup> LlamaMlpImpl::input_groups(const std::string& path, cons
   return {in, out};
 }
 
+int64_t LlamaMlpImpl::kept_per_token(int64_t element) const {
+  int64_t bytes = 2 * gate_proj_->out_features() * element;
+  for (const auto& slot : {gate_proj_, up_proj_, down_proj_}) bytes += slot_keeps(slot, element);
+  return bytes;
+}
+
 LlamaBlockImpl::LlamaBlockImpl(const ModelConfig& c, int64_t layer, const std::string& path,
                                WeightSource& source) {
   input_layernorm_ = register_module("input_layernorm", norm_from(source, path + ".input_layernorm",
@@ -168,6 +194,11 @@ std::vector<InputGroup> LlamaBlockImpl::input_groups(const std::string& path,
   for (auto& group : mlp_->input_groups(path + ".mlp", post_attention_layernorm_))
     groups.push_back(std::move(group));
   return groups;
+}
+
+int64_t LlamaBlockImpl::kept_per_token(int64_t element) const {
+  const int64_t inputs_of_norms = 2 * input_layernorm_->weight.numel() * element;
+  return inputs_of_norms + self_attn_->kept_per_token(element) + mlp_->kept_per_token(element);
 }
 
 LlamaForCausalLM::LlamaForCausalLM(ModelConfig model_config, WeightSource& source)
@@ -196,7 +227,15 @@ at::Tensor LlamaForCausalLM::hidden(const TokenBatch& batch, KvCache* cache) {
     throw Error("hidden", "sequences that share a cache have one length");
   const auto angles = rotary_.at(batch.positions);
   auto x = embed_tokens_(batch.ids, dtype_);
-  for (auto& layer : layers_) x = layer(x, batch, angles, cache);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    auto& layer = layers_[i];
+    if (!is_checkpointed(i) || cache)
+      x = layer(x, batch, angles, cache);
+    else
+      x = ops::recompute(
+          [=](const at::Tensor& input) { return layer.ptr()->forward(input, batch, angles, {}); },
+          x, trained_parameters(*layer));
+  }
   if (cache) cache->advance(batch.longest());
   return norm_(x);
 }
@@ -225,11 +264,30 @@ std::vector<Block> LlamaForCausalLM::blocks() {
   return all;
 }
 
+int64_t LlamaForCausalLM::kept_bytes(int64_t tokens) const {
+  const auto element = static_cast<int64_t>(c10::elementSize(dtype_));
+  int64_t all = 0, again = 0;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const int64_t own = layers_[i]->kept_per_token(element);
+    const bool checkpointed = is_checkpointed(i);
+    all += checkpointed ? config().hidden_size * element : own;
+    if (checkpointed) again = std::max(again, own);
+  }
+  return tokens * (all + again + config().hidden_size * element);
+}
+
+int64_t LlamaForCausalLM::passing_bytes(int64_t tokens) const {
+  const auto element = static_cast<int64_t>(c10::elementSize(dtype_));
+  const auto& c = config();
+  // A chunk's logits; a gated activation with its gradient and those of gate and up, and gradients
+  // of the hidden state.
+  const int64_t logits = std::min<int64_t>(tokens, ops::LossOptions().chunk) * c.vocab_size * 4;
+  const int64_t block = tokens * (4 * c.intermediate_size + 3 * c.hidden_size) * element;
+  return std::max(logits, block);
+}
+
 std::vector<at::Tensor> LlamaForCausalLM::head_parameters() const {
-  std::vector<at::Tensor> trained;
-  for (const auto& p : lm_head_->parameters())
-    if (p.requires_grad()) trained.push_back(p);
-  return trained;
+  return trained_parameters(*lm_head_);
 }
 
 std::optional<quant::Weight> LlamaForCausalLM::plain_head() const {

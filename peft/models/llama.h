@@ -34,6 +34,7 @@ class LlamaAttentionImpl : public torch::nn::Module {
   /// Those who read x, and the output projection.
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary,
                                        const RmsNorm& before);
+  int64_t kept_per_token(int64_t element) const;
 
  private:
   int64_t layer_, heads_, kv_heads_, head_dim_, window_;
@@ -47,6 +48,7 @@ class LlamaMlpImpl : public torch::nn::Module {
   LlamaMlpImpl(const ModelConfig& config, const std::string& path, WeightSource& source);
   at::Tensor forward(const ops::Source& x);
   std::vector<InputGroup> input_groups(const std::string& path, const RmsNorm& before);
+  int64_t kept_per_token(int64_t element) const;
 
  private:
   LinearSlot gate_proj_{nullptr}, up_proj_{nullptr}, down_proj_{nullptr};
@@ -60,6 +62,8 @@ class LlamaBlockImpl : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& x, const TokenBatch& batch,
                      const RotaryTable::Angles& angles, KvCache* cache);
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary);
+  /// Bytes a token keeps for the backward, when activations have that many bytes an element.
+  int64_t kept_per_token(int64_t element) const;
 
  private:
   RmsNorm input_layernorm_{nullptr}, post_attention_layernorm_{nullptr};
@@ -76,6 +80,8 @@ class LlamaForCausalLM : public CausalLM {
   at::Tensor logits(const at::Tensor& hidden) override;
   std::vector<at::Tensor> head_parameters() const override;
   std::optional<quant::Weight> plain_head() const override;
+  int64_t kept_bytes(int64_t tokens) const override;
+  int64_t passing_bytes(int64_t tokens) const override;
   at::ScalarType dtype() const override { return dtype_; }
   at::Tensor embed(const TokenBatch& batch) override;
   std::vector<Block> blocks() override;

@@ -11,6 +11,21 @@ at::Tensor CausalLM::forward(const at::Tensor& ids) {
   return out.view({ids.size(0), ids.size(1), out.size(-1)});
 }
 
+void CausalLM::set_checkpointing(int64_t every) {
+  if (every < 0)
+    throw Error("set_checkpointing",
+                "every k-th block is checkpointed, 0 for none; found " + std::to_string(every));
+  checkpoint_every_ = every;
+}
+
+int64_t CausalLM::kept_bytes(int64_t) const {
+  return 0;
+}
+
+int64_t CausalLM::passing_bytes(int64_t) const {
+  return 0;
+}
+
 at::Tensor CausalLM::embed(const TokenBatch&) {
   throw Error("embed", "a model of type '" + config_.model_type + "' does not come in blocks");
 }
@@ -25,6 +40,13 @@ LossSum CausalLM::loss(const TokenBatch& batch, const at::Tensor& labels) {
     return {ops::linear_cross_entropy(hidden(batch), labels, *head), count};
   const auto project = [this](const at::Tensor& rows) { return logits(rows); };
   return {ops::linear_cross_entropy(hidden(batch), labels, project, head_parameters()), count};
+}
+
+std::vector<at::Tensor> trained_parameters(const torch::nn::Module& module) {
+  std::vector<at::Tensor> trained;
+  for (const auto& p : module.parameters())
+    if (p.requires_grad()) trained.push_back(p);
+  return trained;
 }
 
 }  // namespace budwood::models

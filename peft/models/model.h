@@ -8,8 +8,8 @@
 #include <budwood/peft/models/config.h>
 #include <budwood/peft/models/kv_cache.h>
 #include <memory>
-#include <string>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace budwood::models {
@@ -42,6 +42,18 @@ class CausalLM : public torch::nn::Module {
   /// head is applied to counted positions only, in chunks.
   LossSum loss(const TokenBatch& batch, const at::Tensor& labels);
 
+  /// Every k-th block keeps only its input for the backward and runs again there; 0 = none does.
+  /// Gradients stay as they are, bit for bit.
+  void set_checkpointing(int64_t every);
+  int64_t checkpointing() const { return checkpoint_every_; }
+
+  /// Bytes that the forward of `tokens` tokens keeps for the backward while training, with the
+  /// adapters and the checkpointing of now; an estimate for adapters other than one low-rank term
+  /// per slot. A model that does not say counts as 0.
+  virtual int64_t kept_bytes(int64_t tokens) const;
+  /// Bytes that come and go in a step of `tokens` tokens, at their highest.
+  virtual int64_t passing_bytes(int64_t tokens) const;
+
   /// Parameters that require grad and are used by logits() alone.
   virtual std::vector<at::Tensor> head_parameters() const = 0;
   /// The whole of logits() when that is one frozen matrix: no bias, no adapter.
@@ -55,8 +67,17 @@ class CausalLM : public torch::nn::Module {
   /// modules. Throws Error for a model that does not come in blocks.
   virtual std::vector<Block> blocks();
 
+ protected:
+  bool is_checkpointed(size_t block) const {
+    return checkpoint_every_ > 0 && static_cast<int64_t>(block) % checkpoint_every_ == 0;
+  }
+
  private:
   ModelConfig config_;
+  int64_t checkpoint_every_ = 0;
 };
+
+/// The parameters of a module that require grad.
+std::vector<at::Tensor> trained_parameters(const torch::nn::Module& module);
 
 }  // namespace budwood::models

@@ -38,6 +38,7 @@ std::vector<ConfigField> TrainOptions::fields() {
           bind_field("packing", packing),
           bind_field("long_rows", long_rows),
           bind_field("shuffle", shuffle),
+          bind_field("gradient_checkpointing", gradient_checkpointing),
           bind_field("learning_rate", learning_rate),
           bind_field("weight_decay", weight_decay),
           bind_field("beta1", beta1),
@@ -64,6 +65,7 @@ void TrainOptions::validate() const {
   at_least("steps", steps, 0);
   if (steps == 0) in_range("epochs", epochs, epochs > 0, "more than 0, or steps to be set");
   at_least("grad_accumulation", grad_accumulation, 1);
+  at_least("gradient_checkpointing", gradient_checkpointing, 0);
   SampleOptions{sequence_length, batch_size, packing, long_rows}.validate();
   in_range("learning_rate", learning_rate, learning_rate > 0, "more than 0");
   in_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0");
@@ -121,7 +123,8 @@ std::string TrainOptions::to_json() const {
 
 std::vector<std::string> TrainOptions::differences(const TrainOptions& other) const {
   static const std::set<std::string> free = {"output",     "resume",    "overwrite",
-                                             "save_every", "keep_last", "log_every"};
+                                             "save_every", "keep_last", "log_every",
+                                             "gradient_checkpointing"};
   const bool open_end = schedule == "constant" && other.schedule == "constant" &&
                         warmup_ratio == 0 && other.warmup_ratio == 0;
   auto a = *this, b = other;

@@ -21,6 +21,9 @@ struct TrainOptions {
   std::string packing = "pack";   ///< "concat", "pack", "none"; see SampleOptions
   std::string long_rows = "truncate";  ///< "truncate", "split"
   bool shuffle = true;
+  /// Every k-th block of the model runs again in the backward instead of keeping what it computed:
+  /// 1 = least memory, larger = faster, 0 = none. Does not change results.
+  int64_t gradient_checkpointing = 0;
 
   double learning_rate = 2e-4;
   double weight_decay = 0.0;  ///< of tensors with two or more dimensions

@@ -6,6 +6,7 @@
 #include <budwood/peft/train/run_folder.h>
 #include <budwood/peft/train/signals.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/memory_pool.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -100,6 +101,8 @@ Trainer::Trainer(std::shared_ptr<models::CausalLM> model, std::shared_ptr<const 
   state_.data_checksum = train->checksum();
   state_.base = base_fingerprint(*model_);
   schedule_ = make_schedule(options_, state_.total_steps);
+  if (options_.gradient_checkpointing > 0)
+    model_->set_checkpointing(options_.gradient_checkpointing);
   resume();
 }
 
@@ -121,6 +124,7 @@ TrainResult Trainer::run() {
   run_seconds_ = 0.0;
   run_tokens_ = run_steps_ = 0;
   open_output();
+  const quant::MemoryPool pool;
   const ModeScope mode(*model_, true);
   const auto callers = random_state();
   const AtExit give_back([&] {
@@ -263,6 +267,10 @@ void Trainer::log(const StepOutcome& outcome, TrainResult& result) {
   result.final_loss = m.loss;
   if (!options_.output.empty()) append_metrics(options_.output, m);
   if (on_log) on_log(m);
+}
+
+MemoryPlan Trainer::memory_plan() const {
+  return plan_memory(*model_, options_.batch_size * sampler_.report().longest);
 }
 
 Evaluation Trainer::evaluate() {

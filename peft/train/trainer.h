@@ -3,6 +3,7 @@
 #include <budwood/peft/models/model.h>
 #include <budwood/peft/train/checkpoint.h>
 #include <budwood/peft/train/evaluation.h>
+#include <budwood/peft/train/memory_plan.h>
 #include <budwood/peft/train/optimizer.h>
 #include <budwood/peft/train/options.h>
 #include <budwood/peft/train/sampler.h>
@@ -59,6 +60,8 @@ class Trainer {
   /// not finite is an Error that names the step; adapter and checkpoints are those of the step
   /// before.
   TrainResult run();
+  /// What a run will need; valid before it. Compare with TrainResult::peak_rss_mb.
+  MemoryPlan memory_plan() const;
   /// Loss on the evaluation data as the model is now.
   Evaluation evaluate();
   /// Makes run() write a checkpoint and return; from any thread or callback.

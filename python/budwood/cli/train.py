@@ -46,6 +46,8 @@ def run(
     trainer = _C.Trainer(model, train, evaluation, options)
     write_settings(settings, settings.output / "config.yaml")
     output.say(trainer.train_report["summary"].rstrip())
+    plan = trainer.memory_plan
+    output.say(plan_text(plan))
     if trainer.step:
         output.say(f"resumed at step {trainer.step} of {trainer.total_steps}")
     with TrainingView(output, trainer.step, trainer.total_steps) as view:
@@ -58,8 +60,23 @@ def run(
         from ..plot import plot_loss
 
         plot_loss(settings.output / "metrics.jsonl", settings.output / "loss.png")
-    show_result(output, config, settings, overrides, result, plot)
+    show_result(output, config, settings, overrides, result, plot, plan)
     return INTERRUPTED if result["interrupted"] else 0
+
+
+def plan_text(plan: dict[str, int]) -> str:
+    """One line: what the run will hold, by kind."""
+
+    def mb(name: str) -> str:
+        return f"{plan[name] / 2**20:,.0f}"
+
+    adapters = (plan["adapters"] + plan["gradients"] + plan["optimizer"]) / 2**20
+    shared = f" ({mb('mapped')} shared with the file)" if plan["mapped"] else ""
+    return (
+        f"memory plan: {mb('total')} MB = process {mb('process')} + weights {mb('weights')}{shared}"
+        f" + adapters, gradients and optimiser {adapters:,.0f} + activations {mb('activations')}"
+        f" + workspace {mb('workspace')}"
+    )
 
 
 def check_inputs(settings: Settings) -> None:
@@ -155,6 +172,7 @@ def show_result(
     overrides: list[str],
     result: dict[str, Any],
     plotted: bool,
+    plan: dict[str, int],
 ) -> None:
     folder, loss = settings.output, result["final_loss"]
     pairs = [
@@ -162,7 +180,11 @@ def show_result(
         ("loss", "none logged" if math.isnan(loss) else f"{loss:.4f}"),
         ("tokens", f"{count(result['tokens'])}, {result['tokens_per_second']:.0f} a second"),
         ("time", duration(result["seconds"])),
-        ("memory", f"{count(round(result['peak_rss_mb']))} MB at most"),
+        (
+            "memory",
+            f"{count(round(result['peak_rss_mb']))} MB at most, "
+            f"{count(round(plan['total'] / 2**20))} MB planned",
+        ),
     ]
     if result["evaluation"] is not None:
         pairs.insert(2, ("evaluation", evaluation_text(result["evaluation"])))
