@@ -15,31 +15,41 @@ namespace budwood {
 namespace {
 
 namespace fs = std::filesystem;
-constexpr const char* kPrefix = "base_model.model.";
+const std::string kPrefix = "base_model.model.";
 constexpr const char* kWeights = "adapter_model.safetensors";
-constexpr const char* kPrivate = "budwood.";
+const std::string kPrivate = "budwood.";
 
 struct Collected {
-  std::shared_ptr<const AdapterConfig> config;
-  std::vector<std::string> paths;             // adapted places
-  std::map<std::string, at::Tensor> tensors;  // by key in the file
+  std::shared_ptr<AdapterConfig> config;
+  std::vector<std::string> paths;  // adapted places
+  // By key in the file; writing into them changes the adapter.
+  std::map<std::string, at::Tensor> tensors;
+  std::map<std::string, at::Tensor> optional;  // what only this library reads
+  std::vector<std::pair<std::string, std::shared_ptr<Adapter>>> adapters;  // with the path
 };
 
-// The tensors that the file of this adapter holds; writing into them changes the adapter.
 Collected collect(torch::nn::Module& model, const std::string& name) {
   Collected all;
   std::string bias = "none";
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
-    const auto* slot = dynamic_cast<LinearSlotImpl*>(item.value().get());
+    const auto* slot = dynamic_cast<Slot*>(item.value().get());
     const auto adapter = slot ? slot->adapter(name) : nullptr;
     if (!adapter) continue;
-    all.config = adapter->config();
-    all.paths.push_back(item.key());
+    const auto path = slot->file_path(item.key());
+    if (!all.config) all.config = adapter->config()->clone();
+    adapter->describe(*all.config, path);
+    all.paths.push_back(path);
+    all.adapters.emplace_back(path, adapter);
     bias = adapter->trained_bias();
     for (const auto& [suffix, tensor] : adapter->state())
-      all.tensors[kPrefix + item.key() + "." + suffix] = tensor;
-    if (bias != "none" && slot->bias().defined())
-      all.tensors[kPrefix + item.key() + ".base_layer.bias"] = slot->bias();
+      all.tensors[kPrefix + path + "." + suffix] = tensor;
+    for (const auto& [key, tensor] : adapter->shared_state())
+      (key.starts_with(kPrivate) ? all.optional : all.tensors)[key] = tensor;
+    for (const auto& [suffix, tensor] : adapter->private_state())
+      all.optional[kPrivate + path + "." + suffix] = tensor;
+    const auto* linear = dynamic_cast<const LinearSlotImpl*>(slot);
+    if (bias != "none" && linear && linear->bias().defined())
+      all.tensors[kPrefix + path + ".base_layer.bias"] = linear->bias();
   }
   if (bias == "all")
     for (const auto& item : model.named_parameters()) {
@@ -114,36 +124,51 @@ std::set<std::string> take_tables(torch::nn::Module& model, const std::string& n
 }
 
 // All faults of a file at once: a person mends them in one go.
-void fill(const std::map<std::string, at::Tensor>& wanted, const NamedTensors& found,
-          const std::set<std::string>& tables, const std::string& folder) {
+void fill(const Collected& wanted, const NamedTensors& found, const std::set<std::string>& tables,
+          const std::string& folder) {
   std::string faults;
   const auto add = [&](const std::string& fault) { faults += "\n  " + fault; };
+  const auto check = [&](const std::string& key, const at::Tensor& own, const at::Tensor& tensor) {
+    if (own.sizes() != tensor.sizes())
+      add(fmt::format("shape: {} is {}, this model wants {}", key,
+                      io::shape_text({tensor.sizes().data(), tensor.sizes().size()}),
+                      io::shape_text({own.sizes().data(), own.sizes().size()})));
+    else if (!at::isFloatingType(tensor.scalar_type()))
+      add(fmt::format("dtype: {} holds {}", key, c10::toString(tensor.scalar_type())));
+    else if (!tensor.isfinite().all().item<bool>())
+      add(fmt::format("values: {} holds NaN or infinity", key));
+  };
   std::map<std::string, at::Tensor> given;
-  for (const auto& [key, tensor] : found)
-    if (!key.starts_with(kPrivate)) given[key] = tensor;
-  for (const auto& [key, tensor] : wanted)
+  for (const auto& [key, tensor] : found) given[key] = tensor;
+  for (const auto& [key, tensor] : wanted.tensors)
     if (!given.contains(key)) add(fmt::format("missing: {}", key));
   for (const auto& [key, tensor] : given) {
     if (tables.contains(key)) continue;
-    const auto it = wanted.find(key);
-    if (it == wanted.end()) {
+    if (const auto it = wanted.tensors.find(key); it != wanted.tensors.end())
+      check(key, it->second, tensor);
+    else if (const auto it = wanted.optional.find(key); it != wanted.optional.end())
+      check(key, it->second, tensor);
+    else if (!key.starts_with(kPrivate))
       add(fmt::format("unknown: {}", key));
-    } else if (it->second.sizes() != tensor.sizes()) {
-      add(fmt::format("shape: {} is {}, this model wants {}", key,
-                      io::shape_text({tensor.sizes().data(), tensor.sizes().size()}),
-                      io::shape_text({it->second.sizes().data(), it->second.sizes().size()})));
-    } else if (!at::isFloatingType(tensor.scalar_type())) {
-      add(fmt::format("dtype: {} holds {}", key, c10::toString(tensor.scalar_type())));
-    } else if (!tensor.isfinite().all().item<bool>()) {
-      add(fmt::format("values: {} holds NaN or infinity", key));
-    }
   }
   if (!faults.empty())
     throw Error("load_adapter", fmt::format("{} does not fit this model:{}", folder, faults));
   at::NoGradGuard no_grad;
-  for (const auto& [key, tensor] : wanted) {
-    auto target = tensor;
-    target.copy_(given.at(key));
+  std::vector<std::string> extra;
+  for (const auto* part : {&wanted.tensors, &wanted.optional})
+    for (const auto& [key, tensor] : *part) {
+      const auto it = given.find(key);
+      if (it == given.end()) continue;
+      auto target = tensor;
+      target.copy_(it->second);
+      if (part == &wanted.optional) extra.push_back(key);
+    }
+  for (const auto& [path, adapter] : wanted.adapters) {
+    std::vector<std::string> own;
+    const auto prefix = kPrivate + path + ".";
+    for (const auto& key : extra)
+      own.push_back(key.starts_with(prefix) ? key.substr(prefix.size()) : key);
+    adapter->loaded(own);
   }
 }
 
@@ -153,13 +178,14 @@ void save_adapter(torch::nn::Module& model, const std::string& folder, const std
   const auto all = collect(model, name);
   if (all.paths.empty()) throw Error("save_adapter", fmt::format("no adapter named '{}'", name));
   NamedTensors tensors;
-  for (const auto& [key, tensor] : all.tensors) {
-    if (!tensor.isfinite().all().item<bool>())
-      throw Error("save_adapter",
-                  fmt::format("'{}' holds NaN or infinity: nothing was written", key));
-    tensors.emplace_back(key, tensor);
-  }
-  const auto config = all.config->clone();
+  for (const auto* part : {&all.tensors, &all.optional})
+    for (const auto& [key, tensor] : *part) {
+      if (!tensor.isfinite().all().item<bool>())
+        throw Error("save_adapter",
+                    fmt::format("'{}' holds NaN or infinity: nothing was written", key));
+      tensors.emplace_back(key, tensor);
+    }
+  const auto& config = all.config;
   config->inference_mode = true;  // as HF PEFT saves it
   io::AtomicFolder out(folder, io::Existing::keep_others);
   io::write_file(out.path() / "adapter_config.json", config->to_json());
@@ -174,7 +200,7 @@ InjectReport load_adapter(torch::nn::Module& model, const std::string& folder,
   auto report = inject_matched(model, config, name, 0, Strictness::lenient);
   report.warnings.insert(report.warnings.begin(), config->warnings.begin(), config->warnings.end());
   try {
-    fill(collect(model, name).tensors, weights, take_tables(model, name, weights), folder);
+    fill(collect(model, name), weights, take_tables(model, name, weights), folder);
   } catch (...) {
     detach(model, name);
     throw;

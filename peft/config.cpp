@@ -137,7 +137,7 @@ Json all_fields(const AdapterConfig& config) {
   object["peft_type"] = config.peft_type;
   // fields() binds members so that they can be set too; here they are only read.
   for (const auto& field : const_cast<AdapterConfig&>(config).fields())
-    object[field.name] = field.write();
+    if (!field.is_usual || !field.is_usual()) object[field.name] = field.write();
   for (const auto& [key, text] : config.private_keys) object[key] = Json::parse(text);
   return object;
 }

@@ -75,8 +75,8 @@ struct AdapterConfig {
   /// How modules are chosen; nothing for methods that do not choose modules.
   virtual std::optional<TargetRules> target_rules() const { return {}; }
   /// Writes down what matching found, so that a saved configuration means the same modules again.
-  virtual void resolve(const Names& /*target_modules*/, const std::vector<std::string>& /*paths*/) {
-  }
+  virtual void resolve(const Names& /*target_modules*/, const std::vector<std::string>& /*paths*/,
+                       std::string_view /*model_type*/) {}
   /// Whether the method prepends virtual tokens.
   virtual bool is_prompt_learning() const { return false; }
   /// The options by name, bound to this object's members; see json.h. A method appends its own.

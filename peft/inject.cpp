@@ -18,14 +18,13 @@ namespace {
 
 struct NamedSlot {
   std::string path;
-  LinearSlotImpl* slot;
+  Slot* slot;
 };
 
-std::vector<NamedSlot> linear_slots(torch::nn::Module& model) {
+std::vector<NamedSlot> slots_of(torch::nn::Module& model) {
   std::vector<NamedSlot> slots;
   for (const auto& item : model.named_modules("", /*include_self=*/false))
-    if (auto* slot = dynamic_cast<LinearSlotImpl*>(item.value().get()))
-      slots.push_back({item.key(), slot});
+    if (auto* slot = dynamic_cast<Slot*>(item.value().get())) slots.push_back({item.key(), slot});
   return slots;
 }
 
@@ -36,6 +35,8 @@ std::vector<ModuleInfo> module_list(torch::nn::Module& model) {
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
     if (dynamic_cast<Adapter*>(item.value().get())) continue;
     ModuleInfo info{item.key(), ModuleKind::other, false};
+    const auto* any = dynamic_cast<Slot*>(item.value().get());
+    if (any && any->kind() != SlotKind::linear && any->kind() != SlotKind::embedding) continue;
     if (const auto* slot = dynamic_cast<LinearSlotImpl*>(item.value().get()))
       info.kind = slot->weight().format == quant::Format::dense_transposed ? ModuleKind::conv1d
                                                                            : ModuleKind::linear;
@@ -61,23 +62,23 @@ uint64_t place_seed(uint64_t seed, const std::string& path) {
 
 std::string known_adapters(torch::nn::Module& model) {
   std::vector<std::string> names;
-  for (const auto& [path, slot] : linear_slots(model))
+  for (const auto& [path, slot] : slots_of(model))
     for (const auto& name : slot->adapter_names())
       if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
   return names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "));
 }
 
-void require_known(torch::nn::Module& model, const std::string& name, const char* where) {
-  for (const auto& [path, slot] : linear_slots(model))
-    if (slot->adapter(name)) return;
-  throw Error(where,
-              fmt::format("no adapter named '{}'; attached: {}", name, known_adapters(model)));
+Adapters adapters_of(torch::nn::Module& model, const std::string& name) {
+  Adapters found;
+  for (const auto& [path, slot] : slots_of(model))
+    if (auto adapter = slot->adapter(name)) found.push_back(std::move(adapter));
+  return found;
 }
 
-std::shared_ptr<LinearAdapter> first_adapter(torch::nn::Module& model, const std::string& name) {
-  for (const auto& [path, slot] : linear_slots(model))
-    if (auto found = slot->adapter(name)) return found;
-  return nullptr;
+void require_known(torch::nn::Module& model, const std::string& name, const char* where) {
+  if (adapters_of(model, name).empty())
+    throw Error(where,
+                fmt::format("no adapter named '{}'; attached: {}", name, known_adapters(model)));
 }
 
 void train_biases(torch::nn::Module& model, const std::string& bias, const std::string& name) {
@@ -88,8 +89,45 @@ void train_biases(torch::nn::Module& model, const std::string& bias, const std::
       item.value().set_requires_grad(true);
   }
   if (bias == "lora_only")
-    for (const auto& [path, slot] : linear_slots(model))
-      if (slot->adapter(name) && slot->bias().defined()) slot->bias().set_requires_grad(true);
+    for (const auto& [path, slot] : slots_of(model))
+      if (auto* linear = dynamic_cast<LinearSlotImpl*>(slot))
+        if (linear->adapter(name) && linear->bias().defined()) {
+          auto own = linear->bias();
+          own.set_requires_grad(true);
+        }
+}
+
+// The adapters of each active name, in the order of the model.
+std::vector<Adapters> active_adapters(torch::nn::Module& model) {
+  std::vector<std::string> names;
+  for (const auto& [path, slot] : slots_of(model))
+    for (const auto& name : slot->active())
+      if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+  std::vector<Adapters> all;
+  for (const auto& name : names) all.push_back(adapters_of(model, name));
+  return all;
+}
+
+Place place_of(const NamedSlot& named, uint64_t seed) {
+  Place place{.path = named.path, .kind = named.slot->kind(), .seed = place_seed(seed, named.path)};
+  if (const auto* linear = dynamic_cast<LinearSlotImpl*>(named.slot)) {
+    place.base = linear->base();
+  } else if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(named.slot)) {
+    place.base.weight = table->weight();
+  } else if (const auto* input = dynamic_cast<InputSlotImpl*>(named.slot)) {
+    place.hidden = input->hidden();
+  } else if (const auto* attention = dynamic_cast<AttentionSlotImpl*>(named.slot)) {
+    place.layer = attention->layer();
+    place.hidden = attention->hidden();
+    place.heads = attention->heads();
+    place.kv_heads = attention->kv_heads();
+    place.head_dim = attention->head_dim();
+  } else if (const auto* block = dynamic_cast<BlockSlotImpl*>(named.slot)) {
+    place.layer = block->layer();
+    place.hidden = block->hidden();
+    place.part = block->part();
+  }
+  return place;
 }
 
 // Numbers of the model, whatever holds them: a packed matrix counts as the matrix that it stands
@@ -126,36 +164,45 @@ InjectReport inject_matched(torch::nn::Module& model, std::shared_ptr<const Adap
   given->validate(strictness);
   if (given->modules_to_save && !given->modules_to_save->empty())
     throw Error("inject", "modules_to_save is not available for C++ models in this version");
-  const auto targets = match_targets(*given, module_list(model), model_type(model), strictness);
-  auto config = given->clone();
-  config->resolve(targets.target_modules, targets.matched);
-  std::map<std::string, LinearSlotImpl*> slots;
-  for (const auto& [path, slot] : linear_slots(model)) {
-    slots[path] = slot;
-    if (slot->adapter(name))
+  InjectReport report;
+  const auto config = given->clone();
+  std::optional<std::set<std::string>> targets;
+  if (given->target_rules()) {
+    const auto found = match_targets(*given, module_list(model), model_type(model), strictness);
+    config->resolve(found.target_modules, found.matched, model_type(model));
+    targets.emplace(found.matched.begin(), found.matched.end());
+    report.warnings = found.warnings;
+  }
+  std::vector<Slot*> slots;
+  std::vector<Place> places;
+  for (const auto& named : slots_of(model)) {
+    if (named.slot->adapter(name))
       throw Error("inject", fmt::format("an adapter named '{}' is attached already", name));
+    if (targets && !targets->contains(named.path)) continue;
+    slots.push_back(named.slot);
+    places.push_back(place_of(named, seed));
   }
 
   // All adapters are made before the first is attached: a failure leaves the model as it was.
-  InjectReport report;
-  report.warnings = targets.warnings;
-  std::vector<std::pair<LinearSlotImpl*, std::shared_ptr<LinearAdapter>>> made;
-  for (const auto& path : targets.matched) {
-    const auto it = slots.find(path);
-    if (it == slots.end() || !method.linear)
-      throw Error("inject",
-                  fmt::format("'{}' is not a projection: {} attaches to Linear slots only", path,
-                              config->peft_type));
-    made.emplace_back(it->second, method.linear(config, *it->second, path, place_seed(seed, path)));
-    int64_t parameters = 0, rank = 0;
-    for (const auto& p : made.back().second->parameters()) parameters += p.numel();
-    if (const auto term = made.back().second->low_rank()) rank = term->a.size(0);
-    report.places.push_back(
-        {path, it->second->out_features(), it->second->in_features(), rank, parameters});
+  const auto made = method.make(config, places, seed);
+  if (made.empty())
+    throw Error("inject",
+                fmt::format("{} found no place in this model to attach to", config->peft_type));
+  for (const auto& [index, adapter] : made) {
+    const auto& place = places[index];
+    int64_t parameters = 0;
+    for (const auto& p : adapter->trained()) parameters += p.numel();
+    report.places.push_back({place.path, slot_kind_name(place.kind), place.base.weight.out,
+                             place.base.weight.in, adapter->rank(), parameters});
   }
   for (auto& p : model.parameters()) p.set_requires_grad(false);
-  for (auto& [slot, adapter] : made) slot->attach(name, std::move(adapter));
-  set_active(model, {name});
+  for (const auto& [index, adapter] : made) slots[index]->attach(name, adapter);
+  try {
+    set_active(model, {name});
+  } catch (...) {
+    for (const auto& [index, adapter] : made) slots[index]->detach(name);
+    throw;
+  }
   count(model, report);
   return report;
 }
@@ -167,32 +214,40 @@ InjectReport inject(torch::nn::Module& model, std::shared_ptr<const AdapterConfi
 
 void detach(torch::nn::Module& model, const std::string& name) {
   require_known(model, name, "detach");
-  for (const auto& [path, slot] : linear_slots(model))
+  for (const auto& [path, slot] : slots_of(model))
     if (slot->adapter(name)) slot->detach(name);
 }
 
 void set_active(torch::nn::Module& model, const std::vector<std::string>& names) {
   for (const auto& name : names) require_known(model, name, "set_active");
   for (auto& p : model.parameters()) p.set_requires_grad(false);
-  for (const auto& [path, slot] : linear_slots(model)) {
-    slot->set_active(names);
-    for (const auto& name : slot->active())
-      for (auto& p : slot->adapter(name)->parameters()) p.set_requires_grad(true);
+  for (const auto& [path, slot] : slots_of(model)) slot->set_active(names);
+  for (const auto& name : names) {
+    for (const auto& adapter : adapters_of(model, name)) {
+      for (auto& p : adapter->trained()) p.set_requires_grad(true);
+      train_biases(model, adapter->trained_bias(), name);
+    }
   }
-  for (const auto& name : names)
-    train_biases(model, first_adapter(model, name)->trained_bias(), name);
 }
 
 void merge(torch::nn::Module& model, const std::vector<std::string>& names) {
   for (const auto& name : names) require_known(model, name, "merge");
-  const auto slots = linear_slots(model);
-  for (const auto& [path, slot] : slots)
+  const auto slots = slots_of(model);
+  for (const auto& [path, slot] : slots) {
     if (!slot->merged().empty())
       throw Error("merge", fmt::format("{} is merged already: unmerge first",
                                        fmt::join(slot->merged(), ", ")));
+    if (slot->kind() == SlotKind::linear || slot->kind() == SlotKind::embedding) continue;
+    for (const auto& name : names)
+      if (const auto adapter = slot->adapter(name))
+        throw Error("merge", fmt::format("'{}' is {} and cannot be merged: what it does at {} is no "
+                                         "change of a weight",
+                                         name, adapter->config()->peft_type, path));
+  }
   for (const auto& [path, slot] : slots) {
     try {
-      slot->merge(names);
+      if (auto* linear = dynamic_cast<LinearSlotImpl*>(slot)) linear->merge(names);
+      if (auto* table = dynamic_cast<EmbeddingSlotImpl*>(slot)) table->merge(names);
     } catch (const std::exception& e) {
       unmerge(model);
       throw Error("merge", fmt::format("{}: {}", path, e.what()));
@@ -201,11 +256,39 @@ void merge(torch::nn::Module& model, const std::vector<std::string>& names) {
 }
 
 void unmerge(torch::nn::Module& model) {
-  for (const auto& [path, slot] : linear_slots(model)) slot->unmerge();
+  for (const auto& [path, slot] : slots_of(model)) {
+    if (auto* linear = dynamic_cast<LinearSlotImpl*>(slot)) linear->unmerge();
+    if (auto* table = dynamic_cast<EmbeddingSlotImpl*>(slot)) table->unmerge();
+  }
 }
 
 void set_adapters_enabled(torch::nn::Module& model, bool enabled) {
-  for (const auto& [path, slot] : linear_slots(model)) slot->set_adapters_enabled(enabled);
+  for (const auto& [path, slot] : slots_of(model)) slot->set_adapters_enabled(enabled);
+}
+
+at::Tensor penalty(torch::nn::Module& model) {
+  at::Tensor sum;
+  for (const auto& adapters : active_adapters(model)) {
+    const auto& method = method_of(adapters[0]->config()->peft_type);
+    if (!method.penalty) continue;
+    const auto own = method.penalty(adapters);
+    if (own.defined()) sum = sum.defined() ? sum + own : own;
+  }
+  return sum;
+}
+
+void before_step(torch::nn::Module& model, int64_t step) {
+  for (const auto& adapters : active_adapters(model)) {
+    const auto& method = method_of(adapters[0]->config()->peft_type);
+    if (method.before_step) method.before_step(adapters, step);
+  }
+}
+
+void after_step(torch::nn::Module& model, int64_t step) {
+  for (const auto& adapters : active_adapters(model)) {
+    const auto& method = method_of(adapters[0]->config()->peft_type);
+    if (method.after_step) method.after_step(adapters, step);
+  }
 }
 
 DisableAdapters::DisableAdapters(torch::nn::Module& model) : model_(model) {
@@ -218,8 +301,10 @@ DisableAdapters::~DisableAdapters() {
 
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(torch::nn::Module& model) {
   std::vector<std::pair<std::string, at::Tensor>> trained;
+  std::set<const void*> seen;
   for (const auto& item : model.named_parameters())
-    if (item.value().requires_grad()) trained.emplace_back(item.key(), item.value());
+    if (item.value().requires_grad() && seen.insert(item.value().unsafeGetTensorImpl()).second)
+      trained.emplace_back(item.key(), item.value());
   return trained;
 }
 
@@ -229,7 +314,8 @@ std::string InjectReport::summary() const {
   std::vector<std::string> order;
   for (const auto& place : places) {
     const auto leaf = place.path.substr(place.path.rfind('.') + 1);
-    const auto key = fmt::format("{} {} {} {}", leaf, place.out, place.in, place.rank);
+    const auto key = fmt::format("{} {} {} {} {}", leaf, place.out, place.in, place.rank,
+                                 place.parameters);
     const auto [it, fresh] = groups.try_emplace(key, place, 0);
     if (fresh) {
       it->second.first.path = leaf;
@@ -240,8 +326,10 @@ std::string InjectReport::summary() const {
   std::string text;
   for (const auto& key : order) {
     const auto& [place, times] = groups.at(key);
-    text += fmt::format("  {:<12} {:>4} x [{}, {}]  rank {:<4} {:>10} parameters\n", place.path,
-                        times, place.out, place.in, place.rank, place.parameters * times);
+    const auto shape = place.out > 0 ? fmt::format("[{}, {}]", place.out, place.in) : place.kind;
+    const auto rank = place.rank > 0 ? fmt::format("rank {}", place.rank) : "";
+    text += fmt::format("  {:<18} {:>4} x {:<14} {:<9} {:>10} parameters\n", place.path, times,
+                        shape, rank, place.parameters * times);
   }
   text += fmt::format(
       "  {} of {} parameters are trained ({:.2f} %)", trainable, total,

@@ -12,7 +12,8 @@ namespace budwood {
 /// One adapted place.
 struct Injected {
   std::string path;
-  int64_t out = 0, in = 0;
+  std::string kind;         ///< of slot: "Linear", ...
+  int64_t out = 0, in = 0;  ///< of a projection or a table
   int64_t rank = 0;
   int64_t parameters = 0;  ///< trainable numbers added here
 };
@@ -62,7 +63,14 @@ class DisableAdapters {
 /// Switches all adapters of a model off or on again; see DisableAdapters for a scope.
 void set_adapters_enabled(torch::nn::Module& model, bool enabled);
 
-/// Trainable parameters by path, in a fixed order; what an optimiser takes.
+/// The sum of the terms that active adapters add to the loss (AdaLoRA's); undefined when none does.
+at::Tensor penalty(torch::nn::Module& model);
+/// To be called before the forward and after the update of optimiser step `step`, counted from 0:
+/// for methods whose adapters change during training (AdaLoRA, DyLoRA). Trainer does.
+void before_step(torch::nn::Module& model, int64_t step);
+void after_step(torch::nn::Module& model, int64_t step);
+
+/// Trainable parameters by path, in a fixed order, each once; what an optimiser takes.
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(torch::nn::Module& model);
 
 /// Adapter as a folder in HF PEFT's layout (adapter_config.json, adapter_model.safetensors). The

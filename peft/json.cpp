@@ -195,6 +195,14 @@ const char* read_value(const Json& value, std::string& out) {
   return nullptr;
 }
 
+const char* read_value(const Json& value, std::optional<int64_t>& out) {
+  if (value.is_null()) return out.reset(), nullptr;
+  int64_t number = 0;
+  if (read_value(value, number)) return "an integer or null";
+  out = number;
+  return nullptr;
+}
+
 const char* read_value(const Json& value, std::optional<std::string>& out) {
   if (value.is_string()) return out = value.get<std::string>(), nullptr;
   if (!value.is_null()) return "a text or null";
@@ -298,6 +306,10 @@ Json write_value(double value) {
 Json write_value(const std::string& value) {
   return value;
 }
+Json write_value(const std::optional<int64_t>& value) {
+  return value ? Json(*value) : Json();
+}
+
 Json write_value(const std::optional<std::string>& value) {
   return write_optional(value);
 }

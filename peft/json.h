@@ -32,6 +32,7 @@ const char* read_value(const Json& value, bool& out);
 const char* read_value(const Json& value, int64_t& out);
 const char* read_value(const Json& value, double& out);
 const char* read_value(const Json& value, std::string& out);
+const char* read_value(const Json& value, std::optional<int64_t>& out);
 const char* read_value(const Json& value, std::optional<std::string>& out);
 const char* read_value(const Json& value, std::optional<std::vector<std::string>>& out);
 const char* read_value(const Json& value, std::optional<std::vector<int64_t>>& out);
@@ -49,6 +50,7 @@ Json write_value(int64_t value);
 /// Always a JSON float.
 Json write_value(double value);
 Json write_value(const std::string& value);
+Json write_value(const std::optional<int64_t>& value);
 Json write_value(const std::optional<std::string>& value);
 Json write_value(const std::optional<std::vector<std::string>>& value);
 Json write_value(const std::optional<std::vector<int64_t>>& value);
@@ -70,12 +72,15 @@ struct ConfigField {
   std::string name;
   std::function<const char*(const Json&)> read;
   std::function<Json()> write;
+  /// Where given: an option that is left out of a file while this holds.
+  std::function<bool()> is_usual = {};
 };
 
 template <class T>
 ConfigField bind_field(std::string name, T& member) {
   return {std::move(name), [&member](const Json& value) { return read_value(value, member); },
-          [&member] { return write_value(member); }};
+          [&member] { return write_value(member); },
+          {}};
 }
 
 /// Sets one option; an Error names the option, the value and what is wanted.

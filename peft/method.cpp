@@ -1,5 +1,7 @@
+#include <ATen/CPUGeneratorImpl.h>
 #include <fmt/format.h>
 
+#include <budwood/peft/config.h>
 #include <budwood/peft/method.h>
 #include <budwood/quant/error.h>
 #include <map>
@@ -25,6 +27,23 @@ const Method& method_of(const std::string& peft_type) {
   for (const auto& [name, method] : methods()) known += (known.empty() ? "" : ", ") + name;
   throw Error("inject",
               fmt::format("method '{}' is not supported; supported: {}", peft_type, known));
+}
+
+void require_kind(const Place& place, SlotKind kind, const std::string& peft_type) {
+  if (place.kind == kind) return;
+  throw Error("inject", fmt::format("{} attaches to {} slots, and '{}' is one of kind {}",
+                                    peft_type, slot_kind_name(kind), place.path,
+                                    slot_kind_name(place.kind)));
+}
+
+void refuse_config(const std::string& peft_type) {
+  throw Error("inject",
+              fmt::format("the configuration says peft_type {} and is of another method's kind",
+                          peft_type));
+}
+
+at::Generator stream(uint64_t seed) {
+  return at::make_generator<at::CPUGeneratorImpl>(seed);
 }
 
 }  // namespace budwood

@@ -1,256 +1,182 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
-#include <budwood/peft/ops/lora_linear.h>
 #include <budwood/peft/slot.h>
 #include <budwood/quant/error.h>
-#include <budwood/quant/ops.h>
 #include <algorithm>
 
 namespace budwood {
-namespace {
 
-// Rows of a weight that are widened to fp64 at a time while merging.
-constexpr int64_t kMergePanelElements = 1 << 20;
-
-template <typename Range>
-std::string join(const Range& names) {
-  std::string text;
-  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
-  return text.empty() ? "none" : text;
-}
-
-std::string part_name(size_t i) {
-  return i == 0 ? "weight" : fmt::format("weight_{}", i);
-}
-
-}  // namespace
-
-LinearSlotImpl::LinearSlotImpl(quant::Weight weight, at::Tensor bias) {
-  for (size_t i = 0; i < weight.parts.size(); ++i)
-    register_parameter(part_name(i), weight.parts[i], /*requires_grad=*/false);
-  if (bias.defined()) register_parameter("bias", bias, /*requires_grad=*/false);
-  weight_ = std::move(weight);
-  bias_ = std::move(bias);
-}
-
-std::vector<LinearAdapter*> LinearSlotImpl::running() const {
-  std::vector<LinearAdapter*> found;
-  if (enabled_ && merged_.empty())
-    for (const auto& entry : adapters_)
-      if (std::find(active_.begin(), active_.end(), entry.name) != active_.end())
-        found.push_back(entry.adapter.get());
-  return found;
-}
-
-at::Tensor LinearSlotImpl::forward(const at::Tensor& x) {
-  if (observer_) observer_(x);
-  const auto adapters = running();
-  if (adapters.empty()) {
-    const auto bias = bias_.defined() ? std::optional(bias_) : std::nullopt;
-    return quant::linear(x, weight_, bias);
+const char* slot_kind_name(SlotKind kind) {
+  switch (kind) {
+    case SlotKind::linear:
+      return "Linear";
+    case SlotKind::embedding:
+      return "Embedding";
+    case SlotKind::input:
+      return "Input";
+    case SlotKind::attention:
+      return "Attention";
+    case SlotKind::block:
+      return "Block";
   }
-  return with_adapters(x, adapters);
+  return "?";
 }
 
-at::Tensor LinearSlotImpl::with_adapters(const at::Tensor& x,
-                                         const std::vector<LinearAdapter*>& running) {
-  const auto bias = bias_.defined() ? std::optional(bias_) : std::nullopt;
-  auto first = running.begin();
-  at::Tensor y;
-  if (const auto term = (*first)->low_rank()) {
-    y = ops::lora_linear(x, weight_, bias, term->a, term->b, term->scaling);
-    ++first;
-  } else {
-    y = quant::linear(x, weight_, bias);
-  }
-  for (; first != running.end(); ++first) y = (*first)->forward(*this, x, std::move(y));
-  return y;
+std::vector<at::Tensor> Adapter::trained() const {
+  return parameters();
 }
 
-std::optional<ops::Projection> LinearSlotImpl::projection() const {
-  if (observer_) return {};
-  for (const auto& part : weight_.parts)
-    if (part.requires_grad()) return {};
-  const auto adapters = running();
-  if (adapters.empty()) return ops::Projection{.weight = weight_, .bias = bias_};
-  if (adapters.size() > 1) return {};
-  const auto term = adapters[0]->low_rank();
-  if (!term) return {};
-  return ops::Projection{
-      .weight = weight_, .bias = bias_, .a = term->a, .b = term->b, .scaling = term->scaling};
+const std::vector<std::string>& Slot::merged() const {
+  static const std::vector<std::string> none;
+  return none;
 }
 
-std::vector<at::Tensor> forward_together(const ops::Source& source,
-                                         const std::vector<LinearSlot>& slots) {
-  std::vector<ops::Projection> projections;
-  for (const auto& slot : slots) {
-    auto projection = slot->projection();
-    if (!projection) break;
-    projections.push_back(std::move(*projection));
-  }
-  if (projections.size() == slots.size()) return ops::project(source, projections);
-  std::vector<at::Tensor> results;
-  const auto x = source.value();
-  for (const auto& slot : slots) results.push_back(slot.ptr()->forward(x));
-  return results;
-}
-
-void LinearSlotImpl::attach(const std::string& name, std::shared_ptr<LinearAdapter> adapter) {
+void Slot::attach(const std::string& name, std::shared_ptr<Adapter> adapter) {
+  const auto listed = [](const std::vector<std::string>& names) {
+    return names.empty() ? std::string("none") : fmt::format("{}", fmt::join(names, ", "));
+  };
   if (this->adapter(name))
     throw Error("attach", fmt::format("an adapter named '{}' is attached already; attached: {}",
-                                      name, join(adapter_names())));
-  if (!merged_.empty())
+                                      name, listed(adapter_names())));
+  if (adapter->kind() != kind())
+    throw Error("attach", fmt::format("'{}' is for {} slots, and this is one of kind {}", name,
+                                      slot_kind_name(adapter->kind()), slot_kind_name(kind())));
+  if (!merged().empty())
     throw Error("attach", fmt::format("'{}' cannot be attached while {} is merged: unmerge first",
-                                      name, join(merged_)));
+                                      name, listed(merged())));
+  auto active = active_;
+  active.push_back(name);
   register_module("adapter_" + name, adapter);
   adapters_.push_back({name, std::move(adapter)});
-  active_.push_back(name);
+  active_ = std::move(active);
 }
 
-void LinearSlotImpl::detach(const std::string& name) {
+void Slot::detach(const std::string& name) {
   const auto it = std::find_if(adapters_.begin(), adapters_.end(),
                                [&](const Entry& entry) { return entry.name == name; });
   if (it == adapters_.end())
-    throw Error("detach",
-                fmt::format("no adapter named '{}'; attached: {}", name, join(adapter_names())));
-  if (std::find(merged_.begin(), merged_.end(), name) != merged_.end())
+    throw Error("detach", fmt::format("no adapter named '{}'; attached: {}", name,
+                                      fmt::join(adapter_names(), ", ")));
+  if (std::find(merged().begin(), merged().end(), name) != merged().end())
     throw Error("detach", fmt::format("'{}' is merged into the weight: unmerge first", name));
   unregister_module("adapter_" + name);
   adapters_.erase(it);
   std::erase(active_, name);
 }
 
-std::shared_ptr<LinearAdapter> LinearSlotImpl::adapter(const std::string& name) const {
+std::shared_ptr<Adapter> Slot::adapter(const std::string& name) const {
   for (const auto& entry : adapters_)
     if (entry.name == name) return entry.adapter;
   return nullptr;
 }
 
-std::vector<std::string> LinearSlotImpl::adapter_names() const {
+std::vector<std::string> Slot::adapter_names() const {
   std::vector<std::string> names;
   for (const auto& entry : adapters_) names.push_back(entry.name);
   return names;
 }
 
-void LinearSlotImpl::set_active(const std::vector<std::string>& names) {
-  active_.clear();
+void Slot::require_composable(const std::vector<std::string>& names) const {
+  if (names.size() < 2) return;
   for (const auto& name : names)
-    if (adapter(name)) active_.push_back(name);
+    if (!adapter(name)->composes())
+      throw Error("set_active", fmt::format("'{}' cannot be active beside another adapter at the "
+                                            "same place; asked for were {}",
+                                            name, fmt::join(names, ", ")));
 }
 
-void LinearSlotImpl::merge(const std::vector<std::string>& names) {
-  if (!merged_.empty())
-    throw Error("merge", fmt::format("{} is merged already: unmerge first", join(merged_)));
-  std::vector<const LinearAdapter*> folded;
+void Slot::set_active(const std::vector<std::string>& names) {
+  std::vector<std::string> here;
   for (const auto& name : names)
-    if (const auto found = adapter(name)) folded.push_back(found.get());
-  if (folded.empty()) return;
+    if (adapter(name)) here.push_back(name);
+  require_composable(here);
+  active_ = std::move(here);
+}
 
-  at::NoGradGuard no_grad;
-  const auto dtype = weight_.dtype();
-  auto merged = at::empty({weight_.out, weight_.in}, weight_.parts[0].options().dtype(dtype));
-  const int64_t step = std::max<int64_t>(1, kMergePanelElements / weight_.in);
-  for (int64_t begin = 0; begin < weight_.out; begin += step) {
-    const int64_t end = std::min(weight_.out, begin + step);
-    auto rows = weight_.rows(begin, end, at::kDouble).clone();
-    for (const auto* one : folded) rows = one->merge_rows(rows, begin);
-    const auto rounded = rows.to(dtype);
-    if (!rounded.isfinite().all().item<bool>())
-      throw Error(
-          "merge",
-          fmt::format("rows {} to {} of the merged weight hold values that are not finite in {}",
-                      begin, end, c10::toString(dtype)));
-    merged.narrow(0, begin, end - begin).copy_(rounded);
+int64_t InputSlotImpl::virtual_tokens() const {
+  int64_t count = 0;
+  for (const auto* adapter : running_as<InputAdapter>())
+    for (const auto& group : adapter->placement().groups) count += group.count;
+  return count;
+}
+
+std::optional<Inserted> InputSlotImpl::insert(const Sequences& sequences) const {
+  std::vector<const Placement*> placements;
+  for (const auto* adapter : running_as<InputAdapter>()) placements.push_back(&adapter->placement());
+  if (placements.empty()) return {};
+  return insert_virtual_tokens(placements, sequences.cu, sequences.prompt);
+}
+
+at::Tensor InputSlotImpl::forward(const at::Tensor& embedded,
+                                  const std::vector<int64_t>& rows) const {
+  std::vector<at::Tensor> all{embedded};
+  for (const auto* adapter : running_as<InputAdapter>()) {
+    auto tokens = adapter->tokens();
+    if (adapter->weight() != 1.0) tokens = tokens * adapter->weight();
+    all.push_back(tokens.to(embedded.scalar_type()));
   }
-  at::Tensor bias = bias_;
-  for (const auto* one : folded) bias = one->merge_bias(bias);
-  if (bias.defined() && !bias.isfinite().all().item<bool>())
-    throw Error("merge", "the merged bias holds values that are not finite");
-
-  const bool transposed = weight_.format == quant::Format::dense_transposed;
-  auto weight = transposed ? quant::Weight::dense_transposed(merged.t().contiguous())
-                           : quant::Weight::dense(std::move(merged));
-  unmerged_.emplace(weight_, bias_);
-  set_weight(std::move(weight), std::move(bias));
-  merged_ = names;
+  std::vector<int64_t> from(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i)
+    from[i] = rows[i] < 0 ? embedded.size(0) - 1 - rows[i] : static_cast<int64_t>(i);
+  const auto index = at::tensor(from, at::TensorOptions().dtype(at::kLong)).to(embedded.device());
+  return at::cat(all).index_select(0, index);
 }
 
-void LinearSlotImpl::unmerge() {
-  if (!unmerged_) return;
-  auto [weight, bias] = std::move(*unmerged_);
-  unmerged_.reset();
-  merged_.clear();
-  set_weight(std::move(weight), std::move(bias));
-}
-
-void LinearSlotImpl::replace_weight(quant::Weight weight) {
-  if (!merged_.empty())
-    throw Error("replace_weight", fmt::format("{} is merged: unmerge first", join(merged_)));
-  if (weight.out != weight_.out || weight.in != weight_.in)
-    throw Error("replace_weight", fmt::format("the slot's weight is [{}, {}], found [{}, {}]",
-                                              weight_.out, weight_.in, weight.out, weight.in));
-  set_weight(std::move(weight), bias_);
-}
-
-void LinearSlotImpl::forget_base() {
-  unmerged_.reset();
-  for (const auto& name : std::exchange(merged_, {}))
-    if (adapter(name)) detach(name);
-}
-
-void LinearSlotImpl::set_weight(quant::Weight weight, at::Tensor bias) {
-  auto& own = parameters_;
-  for (size_t i = 0; i < weight_.parts.size(); ++i) own.erase(part_name(i));
-  if (own.contains("bias")) own.erase("bias");
-  for (size_t i = 0; i < weight.parts.size(); ++i)
-    register_parameter(part_name(i), weight.parts[i], false);
-  if (bias.defined()) register_parameter("bias", bias, false);
-  weight_ = std::move(weight);
-  bias_ = std::move(bias);
-}
-
-void LinearSlotImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
-  if (weight_.packed()) {
-    torch::nn::Module::to(device, non_blocking);
-    to(dtype, non_blocking);
-  } else {
-    torch::nn::Module::to(device, dtype, non_blocking);
+KeyValues AttentionSlotImpl::prefix() const {
+  std::vector<at::Tensor> k, v;
+  for (const auto* adapter : running_as<AttentionAdapter>()) {
+    auto one = adapter->prefix();
+    if (!one.k.defined()) continue;
+    k.push_back(one.k);
+    v.push_back(adapter->weight() == 1.0 ? one.v : one.v * adapter->weight());
   }
+  if (k.empty()) return {};
+  if (k.size() == 1) return {k[0], v[0]};
+  return {at::cat(k), at::cat(v)};
 }
 
-void LinearSlotImpl::to(torch::Dtype dtype, bool non_blocking) {
-  if (!weight_.packed()) return torch::nn::Module::to(dtype, non_blocking);
-  for (auto& child : children()) child->to(dtype, non_blocking);
-  if (bias_.defined()) bias_.set_data(bias_.to(dtype, non_blocking));
-}
-
-EmbeddingSlotImpl::EmbeddingSlotImpl(quant::Weight weight) {
-  for (size_t i = 0; i < weight.parts.size(); ++i)
-    register_parameter(part_name(i), weight.parts[i], /*requires_grad=*/false);
-  weight_ = std::move(weight);
-}
-
-void EmbeddingSlotImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
-  if (weight_.packed())
-    torch::nn::Module::to(device, non_blocking);
-  else
-    torch::nn::Module::to(device, dtype, non_blocking);
-}
-
-void EmbeddingSlotImpl::to(torch::Dtype dtype, bool non_blocking) {
-  if (!weight_.packed()) torch::nn::Module::to(dtype, non_blocking);
-}
-
-at::Tensor EmbeddingSlotImpl::forward(const at::Tensor& ids, at::ScalarType dtype) {
-  if (ids.numel() > 0) {
-    const auto [low, high] = at::aminmax(ids);
-    const auto smallest = low.item<int64_t>(), largest = high.item<int64_t>();
-    if (smallest < 0 || largest >= weight_.out)
-      throw Error("embedding", fmt::format("token id {} is outside the vocabulary of {} tokens",
-                                           smallest < 0 ? smallest : largest, weight_.out));
+at::Tensor AttentionSlotImpl::beside(at::Tensor attended,
+                                     const AttentionAdapter::Around& around) const {
+  const auto dtype = attended.scalar_type();
+  for (const auto* adapter : running_as<AttentionAdapter>()) {
+    const auto added = adapter->beside(around);
+    if (!added.defined()) continue;
+    attended = attended + (adapter->weight() == 1.0 ? added : added * adapter->weight());
   }
-  return weight_.gather(ids, dtype);
+  return attended.to(dtype);
+}
+
+at::Tensor with_prefix(const at::Tensor& prefix, const at::Tensor& rows,
+                       const std::vector<int64_t>& cu) {
+  const int64_t t = prefix.size(0);
+  std::vector<int64_t> order;
+  order.reserve(static_cast<size_t>(rows.size(0)) + (cu.size() - 1) * static_cast<size_t>(t));
+  for (size_t s = 0; s + 1 < cu.size(); ++s) {
+    for (int64_t i = 0; i < t; ++i) order.push_back(i);
+    for (int64_t i = cu[s]; i < cu[s + 1]; ++i) order.push_back(t + i);
+  }
+  const auto index = at::tensor(order, at::TensorOptions().dtype(at::kLong)).to(rows.device());
+  return at::cat({prefix.to(rows.scalar_type()), rows}).index_select(0, index);
+}
+
+at::Tensor BlockSlotImpl::forward(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,
+                                  const Sequences& sequences) const {
+  const auto running = running_as<BlockAdapter>();
+  const auto dtype = h.scalar_type();
+  for (const auto* adapter : running) {
+    if (adapter->weight() == 1.0) {
+      h = adapter->forward(std::move(h), x, norm, sequences);
+    } else {
+      const auto before = h;
+      h = before + adapter->weight() * (adapter->forward(before, x, norm, sequences) - before);
+    }
+  }
+  auto stream = x + h.to(dtype);
+  if (norm) stream = norm(stream);
+  for (const auto* adapter : running) stream = adapter->edit(std::move(stream), sequences);
+  return stream.to(dtype);
 }
 
 }  // namespace budwood

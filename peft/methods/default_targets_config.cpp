@@ -71,7 +71,8 @@ std::optional<Names> default_target_modules(std::string_view peft_type,
                                             std::string_view model_type) {
   const auto* row = defaults_of(model_type);
   if (!row) return {};
-  const auto text = peft_type == "LORA"      ? row->lora
+  const bool as_lora = peft_type == "LORA" || peft_type == "VERA" || peft_type == "DYLORA";
+  const auto text = as_lora                  ? row->lora
                     : peft_type == "IA3"     ? row->ia3
                     : peft_type == "ADALORA" ? row->adalora
                                              : std::string_view();

@@ -1,12 +1,12 @@
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <fmt/format.h>
 
 #include <budwood/peft/method.h>
 #include <budwood/peft/methods/lora.h>
 #include <budwood/peft/methods/lora_config.h>
-#include <budwood/peft/slot.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/ops.h>
+#include <algorithm>
 #include <cmath>
 
 namespace budwood {
@@ -19,68 +19,205 @@ at::Tensor initial_a(const LoraConfig& config, int64_t rank, int64_t in, at::Gen
   return a.uniform_(-bound, bound, generator);
 }
 
+// The leading singular triplets of W, by subspace iteration from a random start.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> leading_triplets(const at::Tensor& w, int64_t rank,
+                                                                int64_t iterations,
+                                                                at::Generator generator) {
+  constexpr int64_t oversample = 10;
+  const int64_t columns = std::min(rank + oversample, std::min(w.size(0), w.size(1)));
+  auto q = at::empty({w.size(1), columns}, w.options()).normal_(0.0, 1.0, generator);
+  q = std::get<0>(at::linalg_qr(w.mm(q)));
+  for (int64_t i = 0; i < iterations; ++i) {
+    q = std::get<0>(at::linalg_qr(w.t().mm(q)));
+    q = std::get<0>(at::linalg_qr(w.mm(q)));
+  }
+  auto [u, s, v] = at::linalg_svd(q.t().mm(w), /*full_matrices=*/false);
+  return {q.mm(u).narrow(1, 0, rank), s.narrow(0, 0, rank), v.narrow(0, 0, rank)};
+}
+
+// A₀ and B₀ with s B₀ A₀ the part of W that an adapter starts from.
+std::pair<at::Tensor, at::Tensor> principal_factors(const LoraConfig::Principal& how,
+                                                    const quant::Weight& weight, int64_t rank,
+                                                    double scaling, at::Generator generator) {
+  const auto w = weight.rows(0, weight.out, at::kFloat);
+  if (rank > std::min(weight.out, weight.in))
+    throw Error("inject", fmt::format("the rank {} is above the smaller side of a weight of [{}, "
+                                      "{}], which init_lora_weights decomposes",
+                                      rank, weight.out, weight.in));
+  if (how.orthonormal) {
+    const auto [q, r] = at::linalg_qr(w);
+    return {r.narrow(0, 0, rank).clone(), q.narrow(1, 0, rank).clone()};
+  }
+  at::Tensor u, s, v;
+  if (how.iterations) {
+    std::tie(u, s, v) = leading_triplets(w, rank, *how.iterations, generator);
+  } else {
+    std::tie(u, s, v) = at::linalg_svd(w, /*full_matrices=*/false);
+    u = u.narrow(1, 0, rank);
+    s = s.narrow(0, 0, rank);
+    v = v.narrow(0, 0, rank);
+  }
+  const auto root = (s / scaling).sqrt();
+  return {(root.unsqueeze(1) * v).contiguous(), (u * root).contiguous()};
+}
+
 }  // namespace
 
-Lora::Lora(std::shared_ptr<const LoraConfig> config, const LinearSlotImpl& slot,
+RowNorms::RowNorms(const quant::Weight& weight)
+    : weight_(weight.parts[0].unsafeGetTensorImpl()) {
+  at::NoGradGuard no_grad;
+  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / weight.in);
+  std::vector<at::Tensor> sums;
+  for (int64_t begin = 0; begin < weight.out; begin += step)
+    sums.push_back(weight.rows(begin, std::min(weight.out, begin + step), at::kFloat)
+                       .square()
+                       .sum(1));
+  squares_ = at::cat(sums);
+}
+
+at::Tensor RowNorms::of(const LinearBase& base, const at::Tensor& a, const at::Tensor& b,
+                        double s) const {
+  // Below this share of W's own norm the sum of three terms has lost its digits.
+  constexpr double kCancelled = 0.01;
+  at::NoGradGuard no_grad;
+  if (base.weight.parts[0].unsafeGetTensorImpl() != weight_)
+    return RowNorms(base.weight).of(base, a, b, s);
+  const auto wa = base.weight.linear(a).t();  // W Aᵀ [out, r]
+  auto squares = squares_ + 2 * s * (wa * b).sum(1) + s * s * (b.mm(a.mm(a.t())) * b).sum(1);
+  const auto lost = (squares < kCancelled * squares_).nonzero().flatten();
+  for (int64_t i = 0; i < lost.size(0); ++i) {
+    const auto row = lost[i].item<int64_t>();
+    const auto w = base.weight.rows(row, row + 1, at::kDouble);
+    const auto v = w + s * b.narrow(0, row, 1).to(at::kDouble).mm(a.to(at::kDouble));
+    squares[row] = v.square().sum().to(at::kFloat);
+  }
+  return squares.clamp_min_(0).sqrt_();
+}
+
+Lora::Lora(std::shared_ptr<const LoraConfig> config, const LinearBase& base,
            const std::string& path, uint64_t seed)
     : LinearAdapter(config), scaling_(config->scaling(path)), dropout_(config->lora_dropout) {
+  const auto& weight = base.weight;
   const int64_t rank = config->rank(path);
-  auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
-  auto a = initial_a(*config, rank, slot.in_features(), generator);
-  auto b = at::zeros({slot.out_features(), rank}, at::kFloat);
-  // init_lora_weights=False asks for a start that is not the identity; only tests want it.
-  if (!config->identity_init()) b.normal_(0.0, 0.02, generator);
+  auto generator = stream(seed);
+  at::Tensor a, b;
+  if (const auto principal = config->principal_init()) {
+    std::tie(a, b) = principal_factors(*principal, weight, rank, scaling_, generator);
+    start_a_ = register_buffer("start_A", a.clone());
+    start_b_ = register_buffer("start_B", b.clone());
+  } else {
+    a = initial_a(*config, rank, weight.in, generator);
+    b = at::zeros({weight.out, rank}, at::kFloat);
+    // init_lora_weights=False asks for a start that is not the identity; only tests want it.
+    if (!config->identity_init()) b.normal_(0.0, 0.02, generator);
+  }
   lora_a_ = register_parameter("lora_A", a);
   lora_b_ = register_parameter("lora_B", b);
   if (config->lora_bias)
-    bias_ = register_parameter("lora_B_bias", at::zeros({slot.out_features()}, at::kFloat));
+    bias_ = register_parameter("lora_B_bias", at::zeros({weight.out}, at::kFloat));
+  if (config->use_dora) {
+    norms_.emplace(weight);
+    const auto taken = start_a_.defined() ? at::zeros_like(b) : b;
+    magnitude_ = register_parameter("lora_magnitude_vector",
+                                    norms_->of(base, a.detach(), taken.detach(), scaling_));
+  }
 }
 
-std::optional<LowRank> Lora::low_rank() const {
-  if (bias_.defined() || (is_training() && dropout_ > 0)) return {};
-  return LowRank{lora_a_, lora_b_, scaling_};
+const LoraConfig& Lora::own() const {
+  return static_cast<const LoraConfig&>(*config());
 }
 
-at::Tensor Lora::forward(const LinearSlotImpl&, const at::Tensor& x, at::Tensor y) {
-  auto input = x.to(lora_a_.scalar_type());
-  if (is_training() && dropout_ > 0) input = at::dropout(input, dropout_, /*train=*/true);
-  auto term = at::linear(at::linear(input, lora_a_), lora_b_);
-  if (bias_.defined()) term = term + bias_;
-  return y + (term * scaling_).to(y.scalar_type());
-}
-
-at::Tensor Lora::merge_rows(const at::Tensor& rows, int64_t begin) const {
-  const auto b = lora_b_.narrow(0, begin, rows.size(0)).to(at::kDouble);
-  return rows.addmm(b, lora_a_.to(at::kDouble), 1, scaling_);
-}
-
-at::Tensor Lora::merge_bias(const at::Tensor& bias) const {
-  if (!bias_.defined()) return bias;
-  const auto own = bias_.detach().to(at::kDouble) * scaling_;
-  if (!bias.defined()) return own.to(at::kFloat);
-  return (bias.detach().to(at::kDouble) + own).to(bias.scalar_type());
+LinearTerm Lora::term(const LinearBase& base) const {
+  LinearTerm term{.a = lora_a_, .b = lora_b_, .scaling = scaling_, .inner_bias = bias_};
+  if (start_a_.defined()) {
+    term.a = at::cat({lora_a_, start_a_});
+    term.b = at::cat({lora_b_, -start_b_}, 1);
+  }
+  if (is_training()) term.dropout = dropout_;
+  if (norms_) {
+    term.gain = magnitude_ / norms_->of(base, term.a.detach(), term.b.detach(), scaling_);
+    term.gain_spares_bias = true;
+  }
+  return term;
 }
 
 AdapterState Lora::state() const {
   AdapterState tensors = {{"lora_A.weight", lora_a_}, {"lora_B.weight", lora_b_}};
   if (bias_.defined()) tensors.emplace_back("lora_B.bias", bias_);
+  if (magnitude_.defined()) tensors.emplace_back("lora_magnitude_vector", magnitude_);
   return tensors;
 }
 
+AdapterState Lora::private_state() const {
+  if (!start_a_.defined()) return {};
+  return {{"start_A", start_a_}, {"start_B", start_b_}};
+}
+
+void Lora::loaded(const std::vector<std::string>& found) {
+  // A full decomposition gives the start again; a randomised one does not.
+  const auto principal = own().principal_init();
+  if (principal && principal->iterations && found.size() < 2)
+    throw Error("load_adapter",
+                "an adapter that started from a randomised decomposition of the base needs that "
+                "start (budwood.*.start_A and start_B), and the file does not have it");
+}
+
 std::string Lora::trained_bias() const {
-  return static_cast<const LoraConfig&>(*config()).bias;
+  return own().bias;
+}
+
+bool Lora::starts_as_identity() const {
+  return own().identity_init() && !own().principal_init() && !norms_;
+}
+
+LoraEmbedding::LoraEmbedding(std::shared_ptr<const LoraConfig> config, const quant::Weight& table,
+                             const std::string& path, uint64_t seed)
+    : EmbeddingAdapter(config), scaling_(config->scaling(path)) {
+  const int64_t rank = config->rank(path);
+  if (config->use_dora)
+    throw Error("inject", fmt::format("use_dora is not available for the token table '{}'", path));
+  auto generator = stream(seed);
+  auto a = at::zeros({rank, table.out}, at::kFloat);
+  if (!config->identity_init()) a.normal_(0.0, 0.02, generator);
+  lora_a_ = register_parameter("lora_embedding_A", a);
+  lora_b_ = register_parameter("lora_embedding_B", at::empty({table.in, rank}, at::kFloat)
+                                                       .normal_(0.0, 1.0, generator));
+}
+
+at::Tensor LoraEmbedding::forward(const at::Tensor& ids, at::Tensor rows) const {
+  const auto chosen = at::embedding(lora_a_.t(), ids);
+  return rows + (at::linear(chosen, lora_b_) * scaling_).to(rows.scalar_type());
+}
+
+at::Tensor LoraEmbedding::fold_rows(at::Tensor rows, int64_t begin) const {
+  const auto a = lora_a_.narrow(1, begin, rows.size(0)).t().to(at::kDouble);
+  return rows.addmm(a, lora_b_.t().to(at::kDouble), 1, scaling_ * weight());
+}
+
+AdapterState LoraEmbedding::state() const {
+  return {{"lora_embedding_A", lora_a_}, {"lora_embedding_B", lora_b_}};
 }
 
 namespace {
 
-const bool registered = register_method(
-    "LORA",
-    {.linear = [](std::shared_ptr<const AdapterConfig> config, const LinearSlotImpl& slot,
-                  const std::string& path, uint64_t seed) -> std::shared_ptr<LinearAdapter> {
-      auto own = std::dynamic_pointer_cast<const LoraConfig>(config);
-      if (!own) throw Error("inject", "a configuration of peft_type LORA is a LoraConfig");
-      return std::make_shared<Lora>(std::move(own), slot, path, seed);
-    }});
+std::vector<Grafted> make(const std::shared_ptr<const AdapterConfig>& config,
+                          const std::vector<Place>& places, uint64_t) {
+  const auto own = own_config<LoraConfig>(config);
+  std::vector<Grafted> made;
+  for (size_t i = 0; i < places.size(); ++i) {
+    const auto& place = places[i];
+    if (place.kind == SlotKind::embedding) {
+      made.push_back({i, std::make_shared<LoraEmbedding>(own, place.base.weight, place.path,
+                                                         place.seed)});
+      continue;
+    }
+    require_kind(place, SlotKind::linear, "LORA");
+    made.push_back({i, std::make_shared<Lora>(own, place.base, place.path, place.seed)});
+  }
+  return made;
+}
+
+const bool registered = register_method("LORA", {.make = make});
 
 }  // namespace
 }  // namespace budwood

@@ -1,6 +1,7 @@
 #pragma once
 
-#include <budwood/peft/adapter.h>
+#include <budwood/peft/embedding_adapter.h>
+#include <budwood/peft/linear_adapter.h>
 
 #include <cstdint>
 #include <string>
@@ -9,30 +10,71 @@ namespace budwood {
 
 struct LoraConfig;
 
+/// Row norms of V = W + s B A [out], without V; see dora_gain.
+class RowNorms {
+ public:
+  explicit RowNorms(const quant::Weight& weight);
+  at::Tensor of(const LinearBase& base, const at::Tensor& a, const at::Tensor& b,
+                double scaling) const;
+
+ private:
+  at::Tensor squares_;  // of W's rows
+  const void* weight_;  // whose they are
+};
+
 /// LoRA on a Linear slot (arXiv 2106.09685): y += s (D(x) Aᵀ) Bᵀ [+ s b_B], D = dropout while
 /// training. A [r, in] and B [out, r] are fp32 whatever the base is; s = alpha / r, or
 /// alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
+///
+/// DoRA (arXiv 2402.09353, use_dora): y = m / n ∘ (x Wᵀ + s (D(x) Aᵀ) Bᵀ) + b, n = the row norms of
+/// W + s B A, a constant for gradients, m [out] learned. Dropout acts on the low-rank part alone.
+///
+/// PiSSA and OLoRA: A and B start as A₀ and B₀, a part of W, and s B₀ A₀ is taken off again in the
+/// same formula, so the base keeps its weight, packed or not, and can be had back.
 class Lora final : public LinearAdapter {
  public:
   /// Initialises A ~ U(±1/sqrt(in)) (or N(0, 1/r²) for "gaussian") and B = 0, so that the slot
   /// starts as its base.
-  Lora(std::shared_ptr<const LoraConfig> config, const LinearSlotImpl& slot,
-       const std::string& path, uint64_t seed);
+  Lora(std::shared_ptr<const LoraConfig> config, const LinearBase& base, const std::string& path,
+       uint64_t seed);
 
-  at::Tensor forward(const LinearSlotImpl& slot, const at::Tensor& x, at::Tensor y) override;
-  std::optional<LowRank> low_rank() const override;
-  at::Tensor merge_rows(const at::Tensor& rows, int64_t begin) const override;
-  at::Tensor merge_bias(const at::Tensor& bias) const override;
+  LinearTerm term(const LinearBase& base) const override;
   AdapterState state() const override;
+  AdapterState private_state() const override;
+  void loaded(const std::vector<std::string>& found) override;
   std::string trained_bias() const override;
+  bool starts_as_identity() const override;
+  bool composes() const override { return !norms_; }
 
-  int64_t rank() const { return lora_a_.size(0); }
+  int64_t rank() const override { return lora_a_.size(0); }
   double scaling() const { return scaling_; }
 
  private:
+  const LoraConfig& own() const;
+
   double scaling_, dropout_;
   at::Tensor lora_a_, lora_b_;
-  at::Tensor bias_;  // of B; undefined without lora_bias
+  at::Tensor bias_;       // of B; undefined without lora_bias
+  at::Tensor magnitude_;  // DoRA's m
+  std::optional<RowNorms> norms_;
+  at::Tensor start_a_, start_b_;  // A₀, B₀
+};
+
+/// LoRA on a token table: row(t) += s B A[:, t]. A [r, vocabulary] starts at 0 and B [dim, r] at
+/// N(0, 1). No dropout.
+class LoraEmbedding final : public EmbeddingAdapter {
+ public:
+  LoraEmbedding(std::shared_ptr<const LoraConfig> config, const quant::Weight& table,
+                const std::string& path, uint64_t seed);
+
+  at::Tensor forward(const at::Tensor& ids, at::Tensor rows) const override;
+  at::Tensor fold_rows(at::Tensor rows, int64_t begin) const override;
+  AdapterState state() const override;
+  int64_t rank() const override { return lora_a_.size(0); }
+
+ private:
+  double scaling_;
+  at::Tensor lora_a_, lora_b_;
 };
 
 }  // namespace budwood

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -37,6 +38,18 @@ bool is_name(const std::variant<bool, std::string>& init, std::string_view name)
   return text && *text == name;
 }
 
+// The rest of "pissa_niter_16" as a number, or nothing.
+std::optional<int64_t> niter_of(const std::variant<bool, std::string>& init) {
+  constexpr std::string_view start = "pissa_niter_";
+  const auto* text = std::get_if<std::string>(&init);
+  if (!text || !text->starts_with(start)) return {};
+  int64_t value = -1;
+  const char* end = text->data() + text->size();
+  const auto [read, fault] = std::from_chars(text->data() + start.size(), end, value);
+  if (fault != std::errc() || read != end || value < 0 || value > 1000) return {};
+  return value;
+}
+
 // With these the base weight is as it was, so a trained adapter needs nothing of them.
 bool keeps_base(const std::variant<bool, std::string>& init) {
   return is_name(init, "eva") || is_name(init, "orthogonal") || is_name(init, "mica");
@@ -44,6 +57,7 @@ bool keeps_base(const std::variant<bool, std::string>& init) {
 
 bool known_init(const LoraConfig& c, Strictness strictness) {
   return std::holds_alternative<bool>(c.init_lora_weights) || c.gaussian_init() ||
+         c.principal_init() ||
          (strictness == Strictness::lenient && keeps_base(c.init_lora_weights));
 }
 
@@ -51,7 +65,6 @@ bool known_init(const LoraConfig& c, Strictness strictness) {
 // nothing.
 std::optional<std::string> unsupported(const LoraConfig& c, Strictness strictness) {
   if (!known_init(c, strictness)) return "init_lora_weights";
-  if (c.use_dora) return "use_dora";
   if (c.use_qalora) return "use_qalora";
   if (c.target_parameters && !c.target_parameters->empty()) return "target_parameters";
   if (!std::holds_alternative<std::monostate>(c.trainable_token_indices))
@@ -112,6 +125,13 @@ bool LoraConfig::gaussian_init() const {
   return is_name(init_lora_weights, "gaussian");
 }
 
+std::optional<LoraConfig::Principal> LoraConfig::principal_init() const {
+  if (is_name(init_lora_weights, "olora")) return Principal{.orthonormal = true};
+  if (is_name(init_lora_weights, "pissa")) return Principal{};
+  if (const auto niter = niter_of(init_lora_weights)) return Principal{.iterations = *niter};
+  return {};
+}
+
 bool LoraConfig::identity_init() const {
   const auto* flag = std::get_if<bool>(&init_lora_weights);
   return !flag || *flag;
@@ -122,7 +142,8 @@ void LoraConfig::pin_patterns(const std::vector<std::string>& paths) {
   pin(alpha_pattern, paths);
 }
 
-void LoraConfig::resolve(const Names& resolved, const std::vector<std::string>& paths) {
+void LoraConfig::resolve(const Names& resolved, const std::vector<std::string>& paths,
+                         std::string_view /*model_type*/) {
   target_modules = resolved;
   pin_patterns(paths);
 }

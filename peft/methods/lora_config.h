@@ -25,7 +25,10 @@ struct LoraConfig : AdapterConfig {
   std::string bias = "none";    ///< "none", "all" or "lora_only": base biases that are trained too
   bool lora_bias = false;       ///< B has a bias
   bool fan_in_fan_out = false;  ///< the base stores [in, out]
-  /// true, false (B is random: only for tests) or "gaussian"
+  /// true, false (B is random: only for tests), "gaussian"; "pissa" or "pissa_niter_N" (the
+  /// principal part of W, arXiv 2404.02948, by N iterations) or "olora" (an orthonormal basis of W,
+  /// arXiv 2406.01775). The last three are taken out of the base when they are put in, so that the
+  /// model starts as it was.
   std::variant<bool, std::string> init_lora_weights = true;
 
   Names target_modules;  ///< "all-linear", a regex, names, or nothing: the model's default
@@ -35,8 +38,9 @@ struct LoraConfig : AdapterConfig {
   PatternMap<int64_t> rank_pattern;  ///< r by pattern of the module path
   PatternMap<double> alpha_pattern;  ///< lora_alpha by pattern
 
+  bool use_dora = false;  ///< learned row norms beside the factors, arXiv 2402.09353
+
   // Not available in this version.
-  bool use_dora = false;
   bool use_qalora = false;
   int64_t qalora_group_size = 16;
   std::optional<std::vector<std::string>> target_parameters;
@@ -57,6 +61,12 @@ struct LoraConfig : AdapterConfig {
   /// alpha / rank, or alpha / sqrt(rank) with use_rslora.
   double scaling(std::string_view path) const;
   bool gaussian_init() const;
+  /// A start that is a part of W.
+  struct Principal {
+    bool orthonormal = false;           ///< OLoRA
+    std::optional<int64_t> iterations;  ///< of a randomised decomposition; nothing = a full one
+  };
+  std::optional<Principal> principal_init() const;
   /// Whether a fresh adapter leaves the model as it is.
   bool identity_init() const;
 
@@ -65,7 +75,8 @@ struct LoraConfig : AdapterConfig {
   /// matches.
   void pin_patterns(const std::vector<std::string>& paths);
 
-  void resolve(const Names& resolved, const std::vector<std::string>& paths) override;
+  void resolve(const Names& resolved, const std::vector<std::string>& paths,
+               std::string_view model_type) override;
   void validate(Strictness strictness = Strictness::strict) const override;
   std::shared_ptr<AdapterConfig> clone() const override;
   std::optional<TargetRules> target_rules() const override;

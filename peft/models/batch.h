@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <budwood/peft/block_adapter.h>
 #include <cstdint>
 #include <vector>
 
@@ -13,9 +14,17 @@ struct TokenBatch {
   at::Tensor ids;                   ///< int64 [tokens]
   at::Tensor positions;             ///< int64 [tokens], from 0 in each sequence
   std::vector<int64_t> cu_seqlens;  ///< [sequences + 1], starts with 0, ends with tokens
+  /// Tokens of each sequence that belong to its prompt, for adapters that go by it; empty = all.
+  std::vector<int64_t> prompt = {};
+  /// Filled by CausalLM::with_virtual_tokens: each row's own number, or -1 - v where virtual token v
+  /// stands (ids has 0 there). Empty = no virtual tokens.
+  std::vector<int64_t> virtual_rows = {};
 
   int64_t tokens() const { return ids.size(0); }
   int64_t sequences() const { return static_cast<int64_t>(cu_seqlens.size()) - 1; }
+  Sequences layout(bool from_start = true) const {
+    return {.cu = cu_seqlens, .prompt = prompt, .from_start = from_start};
+  }
   /// Longest sequence.
   int64_t longest() const;
 

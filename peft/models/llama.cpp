@@ -36,17 +36,22 @@ InputGroup one_projection(const std::string& path, const LinearSlot& slot) {
 // input as they read it.
 int64_t slot_keeps(const LinearSlot& slot, int64_t element) {
   constexpr int64_t fp32 = 4;
-  if (const auto p = slot->projection()) return p->a.defined() ? p->a.size(0) * fp32 : 0;
-  const auto adapters = static_cast<int64_t>(slot->running().size());
+  const auto terms = slot->terms();
+  if (const auto p = slot->projection(terms)) {
+    const int64_t gained = terms.empty() || !terms[0].gain.defined() ? 0 : slot->out_features();
+    return (p->a.defined() ? p->a.size(0) * fp32 : 0) + gained * element;
+  }
+  const auto adapters = static_cast<int64_t>(terms.size());
   return slot->in_features() * (element + adapters * (fp32 + 1));
 }
 
-// Where the keys of each sequence start and end when `past` of them are cached already.
-ops::AttentionShape attention_shape(const TokenBatch& batch, int64_t past, int64_t head_dim,
+// Where the keys of each sequence start and end when there are `before` of them, cached or an
+// adapter's, ahead of its own.
+ops::AttentionShape attention_shape(const TokenBatch& batch, int64_t before, int64_t head_dim,
                                     int64_t window) {
   ops::AttentionShape shape{batch.cu_seqlens, batch.cu_seqlens,
                             1.0 / std::sqrt(static_cast<double>(head_dim)), window};
-  for (size_t s = 0; s < shape.cu_k.size(); ++s) shape.cu_k[s] += static_cast<int64_t>(s) * past;
+  for (size_t s = 0; s < shape.cu_k.size(); ++s) shape.cu_k[s] += static_cast<int64_t>(s) * before;
   return shape;
 }
 
@@ -79,6 +84,8 @@ LlamaAttentionImpl::LlamaAttentionImpl(const ModelConfig& c, int64_t layer, cons
       register_module("v_proj", projection(source, path + ".v_proj", kv, d, c.attention_bias));
   o_proj_ =
       register_module("o_proj", projection(source, path + ".o_proj", d, q, c.attention_out_bias));
+  adapters_ =
+      register_module("adapters", AttentionSlot(layer, heads_, kv_heads_, head_dim_, d));
   if (c.qk_norm) {
     q_norm_ =
         register_module("q_norm", norm_from(source, path + ".q_norm", head_dim_, c.rms_norm_eps));
@@ -100,18 +107,40 @@ at::Tensor LlamaAttentionImpl::forward(const ops::Source& x, const TokenBatch& b
   }
   q = ops::rotate(q, angles.cos, angles.sin);
   k = ops::rotate(k, angles.cos, angles.sin);
-  int64_t past = 0;
+  const auto prefix = adapters_->prefix();
+  const int64_t prefixed = prefix.k.defined() ? prefix.k.size(0) : 0;
+  int64_t before = prefixed;
+  if (prefixed > 0 && (!cache || cache->length() == 0)) {
+    k = with_prefix(prefix.k, k, batch.cu_seqlens);
+    v = with_prefix(prefix.v, v, batch.cu_seqlens);
+  }
   if (cache) {
-    past = cache->length();
-    const int64_t n = batch.sequences(), t = tokens / n;
-    auto [all_k, all_v] = cache->append(layer_, k.view({n, t, kv_heads_, head_dim_}),
-                                        v.view({n, t, kv_heads_, head_dim_}));
+    const int64_t n = batch.sequences();
+    auto [all_k, all_v] = cache->append(layer_, k.view({n, -1, kv_heads_, head_dim_}),
+                                        v.view({n, -1, kv_heads_, head_dim_}));
+    before = all_k.size(1) - tokens / n;
     k = all_k.reshape({-1, kv_heads_, head_dim_});
     v = all_v.reshape({-1, kv_heads_, head_dim_});
   }
-  const auto out = ops::attention(q, k, v, attention_shape(batch, past, head_dim_, window_));
+  auto shape = attention_shape(batch, before, head_dim_, window_);
+  shape.prefix = prefixed;
+  auto out = ops::attention(q, k, v, shape);
+  if (adapters_->has_active()) {
+    const auto project = [this](const at::Tensor& hidden) -> KeyValues {
+      const auto heads = [&](const LinearSlot& slot) {
+        return slot.ptr()->forward(hidden).view({hidden.size(0), kv_heads_, head_dim_});
+      };
+      return {heads(k_proj_), heads(v_proj_)};
+    };
+    out = adapters_->beside(out, {q, shape.scale, project});
+  }
   return forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})),
                           {o_proj_})[0];
+}
+
+int64_t LlamaAttentionImpl::prefix_tokens() const {
+  const auto prefix = adapters_->prefix();
+  return prefix.k.defined() ? prefix.k.size(0) : 0;
 }
 
 std::vector<InputGroup> LlamaAttentionImpl::input_groups(const std::string& path,
@@ -180,12 +209,18 @@ LlamaBlockImpl::LlamaBlockImpl(const ModelConfig& c, int64_t layer, const std::s
       "post_attention_layernorm",
       norm_from(source, path + ".post_attention_layernorm", c.hidden_size, c.rms_norm_eps));
   mlp_ = register_module("mlp", LlamaMlp(c, path + ".mlp", source));
+  attention_adapters_ =
+      register_module("attention_adapters", BlockSlot("attention", layer, c.hidden_size));
+  output_adapters_ =
+      register_module("output_adapters", BlockSlot("feed_forward", layer, c.hidden_size));
 }
 
 at::Tensor LlamaBlockImpl::forward(const at::Tensor& x, const TokenBatch& batch,
                                    const RotaryTable::Angles& angles, KvCache* cache) {
-  const auto h = x + self_attn_(input_layernorm_->of(x), batch, angles, cache);
-  return h + mlp_(post_attention_layernorm_->of(h));
+  const auto layout = batch.layout(!cache || cache->length() == 0);
+  const auto h = attention_adapters_->forward(
+      self_attn_(input_layernorm_->of(x), batch, angles, cache), x, {}, layout);
+  return output_adapters_->forward(mlp_(post_attention_layernorm_->of(h)), h, {}, layout);
 }
 
 std::vector<InputGroup> LlamaBlockImpl::input_groups(const std::string& path,
@@ -221,22 +256,33 @@ LlamaForCausalLM::LlamaForCausalLM(ModelConfig model_config, WeightSource& sourc
   lm_head_ = register_module("lm_head", LinearSlot(std::move(head)));
 }
 
-at::Tensor LlamaForCausalLM::hidden(const TokenBatch& batch, KvCache* cache) {
-  if (cache && (batch.sequences() < 1 || batch.tokens() % batch.sequences() != 0 ||
-                batch.longest() * batch.sequences() != batch.tokens()))
+at::Tensor LlamaForCausalLM::hidden(const TokenBatch& given, KvCache* cache) {
+  if (cache && (given.sequences() < 1 || given.tokens() % given.sequences() != 0 ||
+                given.longest() * given.sequences() != given.tokens()))
     throw Error("hidden", "sequences that share a cache have one length");
-  const auto angles = rotary_.at(batch.positions);
-  auto x = embed_tokens_(batch.ids, dtype_);
+  const bool from_start = !cache || cache->length() == 0;
+  const auto batch = from_start ? with_virtual_tokens(given).first : given;
+  // A prefix stands before the first position; a cache that is continued counts it already.
+  const int64_t prefixed = from_start ? layers_.at(0)->prefix_tokens() : 0;
+  const auto angles = rotary_.at(prefixed > 0 ? batch.positions + prefixed : batch.positions);
+  auto x = embed(batch);
+  const auto elsewhere = checkpointing() > 0 ? read_elsewhere(*this) : std::vector<at::Tensor>{};
   for (size_t i = 0; i < layers_.size(); ++i) {
     auto& layer = layers_[i];
-    if (!is_checkpointed(i) || cache)
+    if (!is_checkpointed(i) || cache) {
       x = layer(x, batch, angles, cache);
-    else
-      x = ops::recompute(
-          [=](const at::Tensor& input) { return layer.ptr()->forward(input, batch, angles, {}); },
-          x, trained_parameters(*layer));
+      continue;
+    }
+    auto parameters = trained_parameters(*layer);
+    for (const auto& tensor : elsewhere)
+      if (std::none_of(parameters.begin(), parameters.end(),
+                       [&](const at::Tensor& own) { return own.is_same(tensor); }))
+        parameters.push_back(tensor);
+    x = ops::recompute(
+        [=](const at::Tensor& input) { return layer.ptr()->forward(input, batch, angles, {}); }, x,
+        parameters);
   }
-  if (cache) cache->advance(batch.longest());
+  if (cache) cache->advance(batch.longest() + prefixed);
   return norm_(x);
 }
 
@@ -245,7 +291,8 @@ at::Tensor LlamaForCausalLM::logits(const at::Tensor& hidden) {
 }
 
 at::Tensor LlamaForCausalLM::embed(const TokenBatch& batch) {
-  return embed_tokens_(batch.ids, dtype_);
+  const auto rows = embed_tokens_(batch.ids, dtype_);
+  return batch.virtual_rows.empty() ? rows : input()->forward(rows, batch.virtual_rows);
 }
 
 std::vector<Block> LlamaForCausalLM::blocks() {

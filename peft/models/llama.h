@@ -31,6 +31,8 @@ class LlamaAttentionImpl : public torch::nn::Module {
   /// x [tokens, hidden] -> [tokens, hidden].
   at::Tensor forward(const ops::Source& x, const TokenBatch& batch,
                      const RotaryTable::Angles& angles, KvCache* cache);
+  /// Keys that adapters put before those of each sequence.
+  int64_t prefix_tokens() const;
   /// Those who read x, and the output projection.
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary,
                                        const RmsNorm& before);
@@ -39,6 +41,7 @@ class LlamaAttentionImpl : public torch::nn::Module {
  private:
   int64_t layer_, heads_, kv_heads_, head_dim_, window_;
   LinearSlot q_proj_{nullptr}, k_proj_{nullptr}, v_proj_{nullptr}, o_proj_{nullptr};
+  AttentionSlot adapters_{nullptr};
   RmsNorm q_norm_{nullptr}, k_norm_{nullptr};
 };
 TORCH_MODULE(LlamaAttention);
@@ -64,9 +67,11 @@ class LlamaBlockImpl : public torch::nn::Module {
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary);
   /// Bytes a token keeps for the backward, when activations have that many bytes an element.
   int64_t kept_per_token(int64_t element) const;
+  int64_t prefix_tokens() const { return self_attn_->prefix_tokens(); }
 
  private:
   RmsNorm input_layernorm_{nullptr}, post_attention_layernorm_{nullptr};
+  BlockSlot attention_adapters_{nullptr}, output_adapters_{nullptr};
   LlamaAttention self_attn_{nullptr};
   LlamaMlp mlp_{nullptr};
 };

@@ -7,9 +7,11 @@
 #include <budwood/peft/models/blocks.h>
 #include <budwood/peft/models/config.h>
 #include <budwood/peft/models/kv_cache.h>
+#include <budwood/peft/slot.h>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace budwood::models {
@@ -24,17 +26,25 @@ struct LossSum {
 /// (`model.layers.0.self_attn.q_proj`), so adapter files fit without renaming.
 class CausalLM : public torch::nn::Module {
  public:
-  explicit CausalLM(ModelConfig config) : config_(std::move(config)) {}
+  explicit CausalLM(ModelConfig config);
 
   const ModelConfig& config() const { return config_; }
 
   /// Hidden states after the final norm [tokens, hidden]. With a cache, the batch continues the
-  /// cached sequences and its keys and values are appended.
+  /// cached sequences and its keys and values are appended. While adapters put virtual tokens into
+  /// the sequences, these have rows of their own: see with_virtual_tokens.
   virtual at::Tensor hidden(const TokenBatch& batch, KvCache* cache = nullptr) = 0;
   /// Hidden states [..., hidden] -> logits [..., vocabulary].
   virtual at::Tensor logits(const at::Tensor& hidden) = 0;
 
-  /// ids int64 [n, t] -> logits [n, t, vocabulary].
+  /// The batch as the active adapters' virtual tokens make it, and labels [tokens] with it: -100 for
+  /// virtual tokens, but what was predicted across them is predicted from the last of them. Where
+  /// "end" is a place, it is before the first counted label, or behind the last token without
+  /// labels. A batch without virtual tokens, or with them already, stays as it is.
+  std::pair<TokenBatch, at::Tensor> with_virtual_tokens(const TokenBatch& batch,
+                                                        const at::Tensor& labels = {}) const;
+
+  /// ids int64 [n, t] -> logits [n, t + virtual tokens, vocabulary].
   at::Tensor forward(const at::Tensor& ids);
 
   /// Next-token cross-entropy, summed. labels int64 [tokens]: labels[i] is the token that position
@@ -68,12 +78,18 @@ class CausalLM : public torch::nn::Module {
   virtual std::vector<Block> blocks();
 
  protected:
+  /// Where virtual tokens attach.
+  const InputSlot& input() const { return input_; }
+  /// Trained tensors of adapters in `block` that adapters in other blocks read.
+  static std::vector<at::Tensor> read_elsewhere(const torch::nn::Module& block);
+
   bool is_checkpointed(size_t block) const {
     return checkpoint_every_ > 0 && static_cast<int64_t>(block) % checkpoint_every_ == 0;
   }
 
  private:
   ModelConfig config_;
+  InputSlot input_{nullptr};
   int64_t checkpoint_every_ = 0;
 };
 

@@ -15,9 +15,10 @@ constexpr int64_t kChunk = 128;  // positions whose logits exist at once
 
 // Losses of the counted positions in order, fp64 on the host.
 at::Tensor token_losses(models::CausalLM& model, const Batch& batch) {
-  const auto counted = batch.labels.ge(0).nonzero().squeeze(1);
-  const auto rows = model.hidden(batch.tokens).index_select(0, counted);
-  const auto labels = batch.labels.index_select(0, counted);
+  const auto [tokens, all_labels] = model.with_virtual_tokens(batch.tokens, batch.labels);
+  const auto counted = all_labels.ge(0).nonzero().squeeze(1);
+  const auto rows = model.hidden(tokens).index_select(0, counted);
+  const auto labels = all_labels.index_select(0, counted);
   std::vector<at::Tensor> parts;
   for (int64_t begin = 0; begin < rows.size(0); begin += kChunk) {
     const int64_t n = std::min(kChunk, rows.size(0) - begin);

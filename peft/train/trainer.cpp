@@ -192,6 +192,7 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
   } while (static_cast<int64_t>(batches.size()) < options_.grad_accumulation &&
            sampler_.state().epoch == position.epoch);
 
+  before_step(*model_, state_.step);
   double sum = 0.0;
   for (auto& batch : batches) {
     if (stop_requested()) return {};
@@ -199,13 +200,18 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
     const auto loss = model_->loss(on_device.tokens, on_device.labels);
     sum += loss.sum.item<double>();
     if (!std::isfinite(sum)) not_finite("loss", sum / static_cast<double>(counted));
-    (loss.sum / static_cast<double>(counted)).backward();
+    auto mean = loss.sum / static_cast<double>(counted);
+    // Once for each step, whatever it is made of.
+    if (&batch == &batches.back())
+      if (const auto term = penalty(*model_); term.defined()) mean = mean + term;
+    mean.backward();
   }
   if (run_steps_ == 0) require_gradients();
   const double norm = clip_gradients(optimizer_.parameters(), options_.max_grad_norm);
   if (!std::isfinite(norm)) not_finite("norm of the gradient", norm);
   const double rate = options_.learning_rate * schedule_.multiplier(state_.step);
   optimizer_.step(rate);
+  after_step(*model_, state_.step);
   done = true;
 
   const double elapsed = seconds_since(begin);

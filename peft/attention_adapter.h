@@ -1,0 +1,35 @@
+#pragma once
+
+#include <budwood/peft/adapter.h>
+
+#include <functional>
+
+namespace budwood {
+
+/// Keys and values [T, kv_heads, head_dim]; undefined = none.
+struct KeyValues {
+  at::Tensor k, v;
+};
+
+/// What attaches to the attention of one layer.
+class AttentionAdapter : public Adapter {
+ public:
+  using Adapter::Adapter;
+  SlotKind kind() const override { return SlotKind::attention; }
+
+  /// Keys and values that every query of every sequence sees beside those of the tokens. They are
+  /// used as they are: not rotated, not normalised. The tokens' positions start after them.
+  virtual KeyValues prefix() const { return {}; }
+
+  /// What the model does around its attention, for beside().
+  struct Around {
+    at::Tensor q;  ///< [tokens, heads, head_dim], rotated
+    double scale = 1.0;
+    /// Hidden states [n, hidden] -> keys and values by the layer's own projections, not rotated.
+    std::function<KeyValues(const at::Tensor&)> project;
+  };
+  /// What is added to the attention's result [tokens, heads, head_dim]; undefined = nothing.
+  virtual at::Tensor beside(const Around& /*around*/) const { return {}; }
+};
+
+}  // namespace budwood

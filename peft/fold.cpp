@@ -1,0 +1,36 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <budwood/peft/fold.h>
+#include <budwood/quant/error.h>
+#include <algorithm>
+
+namespace budwood {
+namespace {
+
+// Numbers that are widened to fp64 at a time.
+constexpr int64_t kPanelElements = 1 << 20;
+
+}  // namespace
+
+quant::Weight folded_weight(const quant::Weight& weight,
+                            const std::function<at::Tensor(at::Tensor, int64_t)>& fold) {
+  const auto dtype = weight.dtype();
+  auto merged = at::empty({weight.out, weight.in}, weight.parts[0].options().dtype(dtype));
+  const int64_t step = std::max<int64_t>(1, kPanelElements / weight.in);
+  for (int64_t begin = 0; begin < weight.out; begin += step) {
+    const int64_t end = std::min(weight.out, begin + step);
+    const auto rounded = fold(weight.rows(begin, end, at::kDouble).clone(), begin).to(dtype);
+    if (!rounded.isfinite().all().item<bool>())
+      throw Error(
+          "merge",
+          fmt::format("rows {} to {} of the merged weight hold values that are not finite in {}",
+                      begin, end, c10::toString(dtype)));
+    merged.narrow(0, begin, end - begin).copy_(rounded);
+  }
+  return weight.format == quant::Format::dense_transposed
+             ? quant::Weight::dense_transposed(merged.t().contiguous())
+             : quant::Weight::dense(std::move(merged));
+}
+
+}  // namespace budwood

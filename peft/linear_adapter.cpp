@@ -1,0 +1,92 @@
+#include <ATen/ATen.h>
+
+#include <budwood/peft/linear_adapter.h>
+#include <budwood/peft/ops/lora_linear.h>
+#include <budwood/quant/ops.h>
+
+namespace budwood {
+namespace {
+
+std::optional<at::Tensor> if_defined(const at::Tensor& t) {
+  return t.defined() ? std::optional(t) : std::nullopt;
+}
+
+// s (D(x) Aᵀ) Bᵀ + s b_B in the dtype of A.
+at::Tensor low_rank(const LinearTerm& term, const at::Tensor& x) {
+  auto input = x.to(term.a.scalar_type());
+  if (term.dropout > 0) input = at::dropout(input, term.dropout, /*train=*/true);
+  auto added = at::linear(at::linear(input, term.a), term.b);
+  if (term.inner_bias.defined()) added = added + term.inner_bias;
+  return term.scaling == 1.0 ? added : added * term.scaling;
+}
+
+bool fits_the_operator(const LinearTerm& term) {
+  return term.a.defined() && term.dropout == 0 && !term.inner_bias.defined();
+}
+
+bool is_frozen(const quant::Weight& weight) {
+  for (const auto& part : weight.parts)
+    if (part.requires_grad()) return false;
+  return true;
+}
+
+}  // namespace
+
+at::Tensor apply_terms(const LinearBase& base, const std::vector<LinearTerm>& terms,
+                       const at::Tensor& x) {
+  at::Tensor read = x;
+  for (const auto& term : terms)
+    if (term.input_gain.defined()) read = read * term.input_gain.to(x.scalar_type());
+
+  // The bias is added at the end when the first gain spares it: nothing is then subtracted.
+  const bool late_bias = !terms.empty() && terms[0].gain.defined() && terms[0].gain_spares_bias;
+  const auto bias = late_bias ? std::nullopt : if_defined(base.bias);
+  at::Tensor y;
+  bool first_done = false;
+  if (!terms.empty() && fits_the_operator(terms[0]) && read.is_same(x) && is_frozen(base.weight)) {
+    y = ops::lora_linear(x, base.weight, bias, terms[0].a, terms[0].b, terms[0].scaling);
+    first_done = true;
+  } else {
+    y = quant::linear(read, base.weight, bias);
+  }
+  const auto dtype = y.scalar_type();
+  for (size_t i = 0; i < terms.size(); ++i) {
+    const auto& term = terms[i];
+    const bool spares = term.gain.defined() && term.gain_spares_bias && base.bias.defined();
+    if (spares && !(i == 0 && late_bias)) y = y - base.bias;
+    if (term.a.defined() && !(i == 0 && first_done)) y = y + low_rank(term, x);
+    if (!term.a.defined() && term.inner_bias.defined()) y = y + term.inner_bias * term.scaling;
+    if (term.gain.defined()) y = y * term.gain;
+    if (spares) y = y + base.bias;
+  }
+  return y.to(dtype);
+}
+
+at::Tensor fold_rows(at::Tensor rows, int64_t begin, const std::vector<LinearTerm>& terms) {
+  const int64_t n = rows.size(0);
+  const auto wide = [](const at::Tensor& t) { return t.detach().to(at::kDouble); };
+  for (const auto& term : terms)
+    if (term.input_gain.defined()) rows = rows * wide(term.input_gain);
+  for (const auto& term : terms) {
+    if (term.a.defined())
+      rows = rows.addmm(wide(term.b.narrow(0, begin, n)), wide(term.a), 1, term.scaling);
+    if (term.gain.defined()) rows = rows * wide(term.gain.narrow(0, begin, n)).unsqueeze(1);
+  }
+  return rows;
+}
+
+at::Tensor fold_bias(const at::Tensor& bias, const std::vector<LinearTerm>& terms) {
+  at::Tensor sum = bias.defined() ? bias.detach().to(at::kDouble) : at::Tensor();
+  for (const auto& term : terms) {
+    if (term.inner_bias.defined()) {
+      const auto own = term.inner_bias.detach().to(at::kDouble) * term.scaling;
+      sum = sum.defined() ? sum + own : own;
+    }
+    if (sum.defined() && term.gain.defined() && !term.gain_spares_bias)
+      sum = sum * term.gain.detach().to(at::kDouble);
+  }
+  if (!sum.defined()) return bias;
+  return sum.to(bias.defined() ? bias.scalar_type() : at::kFloat);
+}
+
+}  // namespace budwood
