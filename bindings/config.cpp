@@ -4,7 +4,14 @@
 
 #include <budwood/peft/config.h>
 #include <budwood/peft/json.h>
+#include <budwood/peft/methods/adalora_config.h>
+#include <budwood/peft/methods/bottleneck_config.h>
+#include <budwood/peft/methods/dylora_config.h>
+#include <budwood/peft/methods/ia3_config.h>
 #include <budwood/peft/methods/lora_config.h>
+#include <budwood/peft/methods/prompt_config.h>
+#include <budwood/peft/methods/reft_config.h>
+#include <budwood/peft/methods/vera_config.h>
 #include <budwood/quant/error.h>
 #include <fmt/format.h>
 
@@ -274,6 +281,36 @@ void bind_config(py::module_& m) {
            "alpha / rank, or alpha / sqrt(rank) with use_rslora.")
       .def("pin_patterns", &budwood::LoraConfig::pin_patterns, py::arg("paths"),
            "Makes rank_pattern and alpha_pattern mean the same after they are sorted in a file.");
+
+  bind_method<budwood::IA3Config>(m, "IA3Config",
+                                  "IA3 (arXiv 2205.05638) with HF PEFT's arguments.");
+  bind_method<budwood::VeraConfig>(m, "VeraConfig",
+                                   "VeRA (arXiv 2310.11454) with HF PEFT's arguments.");
+  bind_method<budwood::AdaLoraConfig>(m, "AdaLoraConfig",
+                                      "AdaLoRA (arXiv 2303.10512) with HF PEFT's arguments.");
+  bind_method<budwood::DyLoraConfig>(
+      m, "DyLoraConfig", "DyLoRA (arXiv 2210.07558): LoRA that works at every rank up to r.");
+  bind_method<budwood::BottleneckConfig>(
+      m, "BottleneckConfig",
+      "Bottleneck adapters with AdapterHub's options; the defaults are Pfeiffer's.")
+      .def_static("houlsby", &budwood::BottleneckConfig::houlsby,
+                  "After attention and after the feed-forward part (arXiv 1902.00751).");
+  bind_method<budwood::ParallelAdapterConfig>(
+      m, "ParallelAdapterConfig", "Bottlenecks beside the sub-layers (arXiv 2110.04366).");
+  bind_method<budwood::CompacterConfig>(
+      m, "CompacterConfig", "Compacter (arXiv 2106.04647); mh_adapter=False is Compacter++.");
+  bind_method<budwood::PromptTuningConfig>(
+      m, "PromptTuningConfig",
+      "Prompt tuning (arXiv 2104.08691) with HF PEFT's arguments, and placement: \"front\",\n"
+      "\"after_bos\", \"end\", a token's index, or groups as \"front:4,7:2,end:8\".");
+  bind_method<budwood::PromptEncoderConfig>(
+      m, "PromptEncoderConfig", "P-tuning (arXiv 2103.10385); placement as in PromptTuningConfig.");
+  bind_method<budwood::PrefixTuningConfig>(
+      m, "PrefixTuningConfig", "Prefix tuning (arXiv 2101.00190) with HF PEFT's arguments.");
+  bind_method<budwood::AdaptionPromptConfig>(
+      m, "AdaptionPromptConfig", "LLaMA-Adapter (arXiv 2303.16199) with HF PEFT's arguments.");
+  bind_method<budwood::ReftConfig>(
+      m, "ReftConfig", "ReFT (arXiv 2404.03592): edits of hidden states at chosen positions.");
 
   m.def("task_heads", &budwood::task_heads, py::arg("task_type"),
         "The heads that are trained with a task.");

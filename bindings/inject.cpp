@@ -1,7 +1,10 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "mirror.h"
+
 #include <budwood/peft/inject.h>
+#include <budwood/peft/inject_matched.h>
 #include <budwood/peft/models/model.h>
 
 namespace py = pybind11;
@@ -14,6 +17,7 @@ py::dict as_dict(const budwood::InjectReport& report) {
   for (const auto& place : report.places) {
     py::dict entry;
     entry["path"] = place.path;
+    entry["kind"] = place.kind;
     entry["out"] = place.out;
     entry["in"] = place.in;
     entry["rank"] = place.rank;
@@ -29,49 +33,89 @@ py::dict as_dict(const budwood::InjectReport& report) {
   return result;
 }
 
-}  // namespace
-
-void bind_inject(py::module_& m) {
+// The same functions for a C++ model and for the slots of a Python one.
+template <class Model>
+void bind_for(py::module_& m) {
   m.def(
       "inject",
-      [](CausalLM& model, std::shared_ptr<budwood::AdapterConfig> config, const std::string& name,
-         uint64_t seed) { return as_dict(budwood::inject(model, config, name, seed)); },
+      [](Model& model, std::shared_ptr<budwood::AdapterConfig> config, const std::string& name,
+         uint64_t seed, bool strict) {
+        return as_dict(budwood::inject_matched(
+            model, config, name, seed,
+            strict ? budwood::Strictness::strict : budwood::Strictness::lenient));
+      },
       py::arg("model"), py::arg("config"), py::arg("name") = "default", py::arg("seed") = 0,
+      py::arg("strict") = true,
       "Attaches adapters to a C++ model and freezes everything else; returns what was done.");
   m.def(
-      "detach", [](CausalLM& model, const std::string& name) { budwood::detach(model, name); },
+      "detach", [](Model& model, const std::string& name) { budwood::detach(model, name); },
       py::arg("model"), py::arg("name"));
   m.def(
       "set_active",
-      [](CausalLM& model, const std::vector<std::string>& names) {
+      [](Model& model, const std::vector<std::string>& names) {
         budwood::set_active(model, names);
       },
       py::arg("model"), py::arg("names"));
   m.def(
       "set_adapters_enabled",
-      [](CausalLM& model, bool on) { budwood::set_adapters_enabled(model, on); }, py::arg("model"),
+      [](Model& model, bool on) { budwood::set_adapters_enabled(model, on); }, py::arg("model"),
       py::arg("enabled"));
   m.def(
       "merge",
-      [](CausalLM& model, const std::vector<std::string>& names) { budwood::merge(model, names); },
+      [](Model& model, const std::vector<std::string>& names) { budwood::merge(model, names); },
       py::arg("model"), py::arg("names") = std::vector<std::string>{"default"},
       py::call_guard<py::gil_scoped_release>());
   m.def(
-      "unmerge", [](CausalLM& model) { budwood::unmerge(model); }, py::arg("model"));
+      "unmerge", [](Model& model) { budwood::unmerge(model); }, py::arg("model"));
   m.def(
-      "trainable_parameters", [](CausalLM& model) { return budwood::trainable_parameters(model); },
+      "trainable_parameters", [](Model& model) { return budwood::trainable_parameters(model); },
       py::arg("model"));
   m.def(
+      "penalty",
+      [](Model& model) -> std::optional<at::Tensor> {
+        const auto term = budwood::penalty(model);
+        return term.defined() ? std::optional(term) : std::nullopt;
+      },
+      py::arg("model"), "What active adapters add to the loss, or None.");
+  m.def(
+      "before_step", [](Model& model, int64_t step) { budwood::before_step(model, step); },
+      py::arg("model"), py::arg("step"), "Before the forward of an optimiser step.");
+  m.def(
+      "after_step", [](Model& model, int64_t step) { budwood::after_step(model, step); },
+      py::arg("model"), py::arg("step"), "After the update of an optimiser step.");
+  m.def(
+      "adapter_tensors",
+      [](Model& model, const std::string& name) { return budwood::adapter_tensors(model, name); },
+      py::arg("model"), py::arg("name"), "The tensors of an adapter by the key in its file.");
+  m.def(
+      "adapter_config",
+      [](Model& model, const std::string& name) { return budwood::adapter_config(model, name); },
+      py::arg("model"), py::arg("name"), "The configuration of an adapter as it is saved.");
+  m.def(
+      "set_adapter_tensors",
+      [](Model& model, const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+         const std::string& source, const std::string& name) {
+        budwood::set_adapter_tensors(model, tensors, source, name);
+      },
+      py::arg("model"), py::arg("tensors"), py::arg("source"), py::arg("name") = "default");
+  m.def(
       "save_adapter",
-      [](CausalLM& model, const std::string& folder, const std::string& name) {
+      [](Model& model, const std::string& folder, const std::string& name) {
         budwood::save_adapter(model, folder, name);
       },
       py::arg("model"), py::arg("folder"), py::arg("name") = "default",
       py::call_guard<py::gil_scoped_release>(), "The adapter as a folder in HF PEFT's layout.");
   m.def(
       "load_adapter",
-      [](CausalLM& model, const std::string& folder, const std::string& name) {
+      [](Model& model, const std::string& folder, const std::string& name) {
         return as_dict(budwood::load_adapter(model, folder, name));
       },
       py::arg("model"), py::arg("folder"), py::arg("name") = "default");
+}
+
+}  // namespace
+
+void bind_inject(py::module_& m) {
+  bind_for<CausalLM>(m);
+  bind_for<Mirror>(m);
 }

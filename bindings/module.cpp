@@ -12,6 +12,7 @@ void bind_targets(py::module_& m);
 void bind_files(py::module_& m);
 void bind_models(py::module_& m);
 void bind_inject(py::module_& m);
+void bind_mirror(py::module_& m);
 void bind_train(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_quant(py::module_& m);
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
   bind_targets(m);
   bind_files(m);
   bind_models(m);
+  bind_mirror(m);
   bind_inject(m);
   bind_train(m);
   bind_ops(m);

@@ -103,9 +103,22 @@ std::set<std::string> take_tables(torch::nn::Module& model, const std::string& n
                                   const NamedTensors& found) {
   std::set<std::string> keys;
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    const auto key = kPrefix + item.key() + ".base_layer.weight";
+    if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(item.value().get());
+        table && table->adapter(name)) {
+      for (const auto& [stored, tensor] : found) {
+        if (stored != key) continue;
+        const auto& own = table->weight();
+        if (tensor.sizes() != at::IntArrayRef({own.out, own.in}) ||
+            !tensor.to(own.dtype()).equal(own.rows(0, own.out, own.dtype())))
+          throw Error("load_adapter", fmt::format("{} differs from the model's token table: the "
+                                                  "adapter was trained on another base",
+                                                  key));
+        keys.insert(key);
+      }
+    }
     auto* slot = dynamic_cast<LinearSlotImpl*>(item.value().get());
     if (!slot || !slot->adapter(name)) continue;
-    const auto key = kPrefix + item.key() + ".base_layer.weight";
     for (const auto& [stored, tensor] : found) {
       if (stored != key) continue;
       const auto& own = slot->weight();
@@ -174,18 +187,35 @@ void fill(const Collected& wanted, const NamedTensors& found, const std::set<std
 
 }  // namespace
 
-void save_adapter(torch::nn::Module& model, const std::string& folder, const std::string& name) {
+std::vector<std::pair<std::string, at::Tensor>> adapter_tensors(torch::nn::Module& model,
+                                                                const std::string& name) {
   const auto all = collect(model, name);
-  if (all.paths.empty()) throw Error("save_adapter", fmt::format("no adapter named '{}'", name));
-  NamedTensors tensors;
-  for (const auto* part : {&all.tensors, &all.optional})
-    for (const auto& [key, tensor] : *part) {
-      if (!tensor.isfinite().all().item<bool>())
-        throw Error("save_adapter",
-                    fmt::format("'{}' holds NaN or infinity: nothing was written", key));
-      tensors.emplace_back(key, tensor);
-    }
-  const auto& config = all.config;
+  if (!all.config) throw Error("adapter_tensors", fmt::format("no adapter named '{}'", name));
+  NamedTensors tensors(all.tensors.begin(), all.tensors.end());
+  tensors.insert(tensors.end(), all.optional.begin(), all.optional.end());
+  return tensors;
+}
+
+std::shared_ptr<AdapterConfig> adapter_config(torch::nn::Module& model, const std::string& name) {
+  const auto all = collect(model, name);
+  if (!all.config) throw Error("adapter_config", fmt::format("no adapter named '{}'", name));
+  return all.config;
+}
+
+void set_adapter_tensors(torch::nn::Module& model, const NamedTensors& tensors,
+                         const std::string& source, const std::string& name) {
+  const auto all = collect(model, name);
+  if (!all.config) throw Error("set_adapter_tensors", fmt::format("no adapter named '{}'", name));
+  fill(all, tensors, take_tables(model, name, tensors), source);
+}
+
+void save_adapter(torch::nn::Module& model, const std::string& folder, const std::string& name) {
+  NamedTensors tensors = adapter_tensors(model, name);
+  for (const auto& [key, tensor] : tensors)
+    if (!tensor.isfinite().all().item<bool>())
+      throw Error("save_adapter",
+                  fmt::format("'{}' holds NaN or infinity: nothing was written", key));
+  const auto config = adapter_config(model, name);
   config->inference_mode = true;  // as HF PEFT saves it
   io::AtomicFolder out(folder, io::Existing::keep_others);
   io::write_file(out.path() / "adapter_config.json", config->to_json());
@@ -200,11 +230,13 @@ InjectReport load_adapter(torch::nn::Module& model, const std::string& folder,
   auto report = inject_matched(model, config, name, 0, Strictness::lenient);
   report.warnings.insert(report.warnings.begin(), config->warnings.begin(), config->warnings.end());
   try {
-    fill(collect(model, name), weights, take_tables(model, name, weights), folder);
+    set_adapter_tensors(model, weights, folder, name);
   } catch (...) {
     detach(model, name);
     throw;
   }
+  // What was trained may differ now from what a fresh adapter trains.
+  set_active(model, {name});
   return report;
 }
 

@@ -34,7 +34,11 @@ at::Tensor EmbeddingSlotImpl::forward(const at::Tensor& ids, at::ScalarType dtyp
       throw Error("embedding", fmt::format("token id {} is outside the vocabulary of {} tokens",
                                            smallest < 0 ? smallest : largest, weight_.out));
   }
-  auto rows = weight_.gather(ids, dtype);
+  return adapt(ids, weight_.gather(ids, dtype));
+}
+
+at::Tensor EmbeddingSlotImpl::adapt(const at::Tensor& ids, at::Tensor rows) const {
+  const auto dtype = rows.scalar_type();
   for (const auto* adapter : running_as<EmbeddingAdapter>()) rows = adapter->forward(ids, rows);
   return rows.to(dtype);
 }

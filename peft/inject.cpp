@@ -2,10 +2,10 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <budwood/peft/described.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/inject_matched.h>
 #include <budwood/peft/method.h>
-#include <budwood/peft/models/model.h>
 #include <budwood/peft/slot.h>
 #include <budwood/peft/targets.h>
 #include <budwood/quant/error.h>
@@ -31,7 +31,8 @@ std::vector<NamedSlot> slots_of(torch::nn::Module& model) {
 // Everything a target pattern can be matched against, in the model's order.
 std::vector<ModuleInfo> module_list(torch::nn::Module& model) {
   std::vector<ModuleInfo> modules;
-  const bool has_head = dynamic_cast<models::CausalLM*>(&model) != nullptr;
+  const auto* described = dynamic_cast<Described*>(&model);
+  const auto head = described ? described->output_embedding() : std::string();
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
     if (dynamic_cast<Adapter*>(item.value().get())) continue;
     ModuleInfo info{item.key(), ModuleKind::other, false};
@@ -42,15 +43,15 @@ std::vector<ModuleInfo> module_list(torch::nn::Module& model) {
                                                                            : ModuleKind::linear;
     else if (dynamic_cast<EmbeddingSlotImpl*>(item.value().get()))
       info.kind = ModuleKind::embedding;
-    info.is_output_embedding = has_head && item.key() == "lm_head";
+    info.is_output_embedding = !head.empty() && item.key() == head;
     modules.push_back(std::move(info));
   }
   return modules;
 }
 
 std::string model_type(torch::nn::Module& model) {
-  const auto* lm = dynamic_cast<models::CausalLM*>(&model);
-  return lm ? lm->config().model_type : "";
+  const auto* described = dynamic_cast<Described*>(&model);
+  return described ? described->model_type() : "";
 }
 
 // The stream of a place depends on its path alone, so adding a target moves no other's values.

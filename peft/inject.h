@@ -73,6 +73,17 @@ void after_step(torch::nn::Module& model, int64_t step);
 /// Trainable parameters by path, in a fixed order, each once; what an optimiser takes.
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(torch::nn::Module& model);
 
+/// The tensors of an adapter by the key they have in its file, and its configuration as it is saved.
+/// Writing into a tensor that is a parameter changes the adapter.
+std::vector<std::pair<std::string, at::Tensor>> adapter_tensors(torch::nn::Module& model,
+                                                                const std::string& name);
+std::shared_ptr<AdapterConfig> adapter_config(torch::nn::Module& model, const std::string& name);
+/// Copies tensors by those keys into an attached adapter. Missing, unknown and wrongly shaped ones
+/// are one Error that lists them all; then nothing was copied. `source` stands for them in errors.
+void set_adapter_tensors(torch::nn::Module& model,
+                         const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+                         const std::string& source, const std::string& name = "default");
+
 /// Adapter as a folder in HF PEFT's layout (adapter_config.json, adapter_model.safetensors). The
 /// folder appears whole or not at all. Loads in HF PEFT.
 void save_adapter(torch::nn::Module& model, const std::string& folder,

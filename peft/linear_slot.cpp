@@ -41,6 +41,11 @@ at::Tensor LinearSlotImpl::forward(const at::Tensor& x) {
   return apply_terms(base_, terms(), x);
 }
 
+at::Tensor LinearSlotImpl::forward(const at::Tensor& x, std::vector<LinearTerm> first) const {
+  for (auto& term : terms()) first.push_back(std::move(term));
+  return apply_terms(base_, first, x);
+}
+
 std::optional<ops::Projection> LinearSlotImpl::projection(
     const std::vector<LinearTerm>& terms) const {
   if (observer_ || terms.size() > 1) return {};
@@ -53,7 +58,7 @@ std::optional<ops::Projection> LinearSlotImpl::projection(
   projection.a = term.a;
   projection.b = term.b;
   projection.scaling = term.scaling;
-  if (term.gain.defined() && term.gain_spares_bias) projection.bias = {};
+  if (term.gain.defined() && term.gain_spares_bias) projection.bias = at::Tensor();
   return projection;
 }
 
@@ -85,21 +90,27 @@ std::vector<at::Tensor> forward_together(const ops::Source& source,
   return results;
 }
 
+std::vector<LinearTerm> LinearSlotImpl::terms_to_merge(
+    const std::vector<std::string>& names) const {
+  std::vector<LinearTerm> terms;
+  for (const auto& name : names) {
+    const auto found = std::static_pointer_cast<LinearAdapter>(adapter(name));
+    if (!found) continue;
+    // Dropout and drawn ranks have no place in a weight.
+    const bool training = found->is_training();
+    found->eval();
+    terms.push_back(weighted(found->term(base_), found->weight()));
+    found->train(training);
+  }
+  return terms;
+}
+
 void LinearSlotImpl::merge(const std::vector<std::string>& names) {
   if (!merged_.empty())
     throw Error("merge",
                 fmt::format("{} is merged already: unmerge first", fmt::join(merged_, ", ")));
   at::NoGradGuard no_grad;
-  std::vector<LinearTerm> folded;
-  for (const auto& name : names) {
-    const auto found = std::static_pointer_cast<LinearAdapter>(adapter(name));
-    if (!found) continue;
-    // Dropout has no place in a weight.
-    const bool training = found->is_training();
-    found->eval();
-    folded.push_back(weighted(found->term(base_), found->weight()));
-    found->train(training);
-  }
+  const auto folded = terms_to_merge(names);
   if (folded.empty()) return;
   auto weight = folded_weight(base_.weight, [&](at::Tensor rows, int64_t begin) {
     return fold_rows(std::move(rows), begin, folded);
@@ -129,6 +140,13 @@ void LinearSlotImpl::replace_weight(quant::Weight weight) {
                 fmt::format("the slot's weight is [{}, {}], found [{}, {}]", base_.weight.out,
                             base_.weight.in, weight.out, weight.in));
   set_weight(std::move(weight), base_.bias);
+}
+
+void LinearSlotImpl::replace_bias(at::Tensor bias) {
+  if (!merged_.empty())
+    throw Error("replace_bias",
+                fmt::format("{} is merged: unmerge first", fmt::join(merged_, ", ")));
+  set_weight(base_.weight, std::move(bias));
 }
 
 void LinearSlotImpl::forget_base() {

@@ -161,11 +161,10 @@ at::Tensor with_prefix(const at::Tensor& prefix, const at::Tensor& rows,
   return at::cat({prefix.to(rows.scalar_type()), rows}).index_select(0, index);
 }
 
-at::Tensor BlockSlotImpl::forward(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,
-                                  const Sequences& sequences) const {
-  const auto running = running_as<BlockAdapter>();
+at::Tensor BlockSlotImpl::adapt(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,
+                                const Sequences& sequences) const {
   const auto dtype = h.scalar_type();
-  for (const auto* adapter : running) {
+  for (const auto* adapter : running_as<BlockAdapter>()) {
     if (adapter->weight() == 1.0) {
       h = adapter->forward(std::move(h), x, norm, sequences);
     } else {
@@ -173,10 +172,27 @@ at::Tensor BlockSlotImpl::forward(at::Tensor h, const at::Tensor& x, const Block
       h = before + adapter->weight() * (adapter->forward(before, x, norm, sequences) - before);
     }
   }
-  auto stream = x + h.to(dtype);
-  if (norm) stream = norm(stream);
-  for (const auto* adapter : running) stream = adapter->edit(std::move(stream), sequences);
+  return h.to(dtype);
+}
+
+at::Tensor BlockSlotImpl::edit(at::Tensor stream, const Sequences& sequences) const {
+  const auto dtype = stream.scalar_type();
+  for (const auto* adapter : running_as<BlockAdapter>()) {
+    if (adapter->weight() == 1.0) {
+      stream = adapter->edit(std::move(stream), sequences);
+    } else {
+      const auto before = stream;
+      stream = before + adapter->weight() * (adapter->edit(before, sequences) - before);
+    }
+  }
   return stream.to(dtype);
+}
+
+at::Tensor BlockSlotImpl::forward(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,
+                                  const Sequences& sequences) const {
+  auto stream = x + adapt(std::move(h), x, norm, sequences);
+  if (norm) stream = norm(stream);
+  return edit(std::move(stream), sequences);
 }
 
 }  // namespace budwood

@@ -86,8 +86,11 @@ class LinearSlotImpl : public Slot {
   void set_observer(std::function<void(const at::Tensor& x)> observer) {
     observer_ = std::move(observer);
   }
+  /// x through the base and the terms of adapters that live elsewhere, then those of its own.
+  at::Tensor forward(const at::Tensor& x, std::vector<LinearTerm> first) const;
   /// Puts another weight of the same shape in the slot; throws while something is merged.
   void replace_weight(quant::Weight weight);
+  void replace_bias(at::Tensor bias);
   int64_t in_features() const { return base_.weight.in; }
   int64_t out_features() const { return base_.weight.out; }
 
@@ -100,6 +103,8 @@ class LinearSlotImpl : public Slot {
   /// forward_together.
   std::optional<ops::Projection> projection(const std::vector<LinearTerm>& terms) const;
 
+  /// What the named adapters do when nothing is dropped out, as it is merged.
+  std::vector<LinearTerm> terms_to_merge(const std::vector<std::string>& names) const;
   /// Folds the named adapters into a new dense weight: products and sum in fp64, one rounding to
   /// the weight's dtype (float32 when it is packed). The old weight is kept, so unmerge is exact.
   /// Throws on a non-finite result or when something is already merged; then nothing has changed.
@@ -139,6 +144,8 @@ class EmbeddingSlotImpl : public Slot {
   /// ids int64 [...] -> [..., dim] in the given dtype. Throws for an id outside the table.
   at::Tensor forward(const at::Tensor& ids, at::ScalarType dtype);
   const quant::Weight& weight() const { return weight_; }
+  /// Rows of the table with what the adapters make of them.
+  at::Tensor adapt(const at::Tensor& ids, at::Tensor rows) const;
 
   /// As LinearSlot's; a head that is tied to the table keeps the old one.
   void merge(const std::vector<std::string>& names);
@@ -229,6 +236,10 @@ class BlockSlotImpl : public Slot {
   /// leaves the sum as it is. See block_adapter.h.
   at::Tensor forward(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,
                      const Sequences& sequences) const;
+  /// Its two halves, for a model that adds x itself: h, and the stream after it.
+  at::Tensor adapt(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,
+                   const Sequences& sequences) const;
+  at::Tensor edit(at::Tensor stream, const Sequences& sequences) const;
 
  private:
   std::string part_;

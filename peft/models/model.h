@@ -2,6 +2,7 @@
 
 #include <torch/nn/module.h>
 
+#include <budwood/peft/described.h>
 #include <budwood/quant/weight.h>
 #include <budwood/peft/models/batch.h>
 #include <budwood/peft/models/blocks.h>
@@ -24,11 +25,13 @@ struct LossSum {
 
 /// A causal language model built from slots. Module paths are transformers' own
 /// (`model.layers.0.self_attn.q_proj`), so adapter files fit without renaming.
-class CausalLM : public torch::nn::Module {
+class CausalLM : public torch::nn::Module, public Described {
  public:
   explicit CausalLM(ModelConfig config);
 
   const ModelConfig& config() const { return config_; }
+  std::string model_type() const override { return config_.model_type; }
+  std::string output_embedding() const override { return "lm_head"; }
 
   /// Hidden states after the final norm [tokens, hidden]. With a cache, the batch continues the
   /// cached sequences and its keys and values are appended. While adapters put virtual tokens into

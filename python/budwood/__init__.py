@@ -13,7 +13,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .auto import AutoPeftModelForCausalLM
-    from .config import LoraConfig, PeftConfig, PeftType, TaskType
+    from .config import (
+        AdaLoraConfig,
+        AdaptionPromptConfig,
+        BottleneckConfig,
+        CompacterConfig,
+        DyLoraConfig,
+        IA3Config,
+        LoraConfig,
+        ParallelAdapterConfig,
+        PeftConfig,
+        PeftType,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        ReftConfig,
+        TaskType,
+        VeraConfig,
+    )
     from .errors import Error
     from .fused import OptimizeReport, optimize, unoptimize
     from .inject import InjectReport, inject_adapter_in_model
@@ -27,6 +44,7 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from .memory import memory_pool
+    from .methods import Family, Site, register_family
     from .peft_model import PeftModel
     from .quantized import (
         QuantizedLinear,
@@ -45,6 +63,21 @@ _HOME = {
     "optimize": "fused",
     "unoptimize": "fused",
     "LoraConfig": "config",
+    "AdaLoraConfig": "config",
+    "AdaptionPromptConfig": "config",
+    "BottleneckConfig": "config",
+    "CompacterConfig": "config",
+    "DyLoraConfig": "config",
+    "IA3Config": "config",
+    "ParallelAdapterConfig": "config",
+    "PrefixTuningConfig": "config",
+    "PromptEncoderConfig": "config",
+    "PromptTuningConfig": "config",
+    "ReftConfig": "config",
+    "VeraConfig": "config",
+    "Family": "methods",
+    "Site": "methods",
+    "register_family": "methods",
     "PeftConfig": "config",
     "PeftModel": "peft_model",
     "PeftModelForCausalLM": "mapping",
@@ -69,11 +102,19 @@ _HOME = {
 cmake_prefix_path = str(Path(__file__).parent)
 
 __all__ = [
+    "AdaLoraConfig",
+    "AdaptionPromptConfig",
     "AutoPeftModelForCausalLM",
+    "BottleneckConfig",
+    "CompacterConfig",
+    "DyLoraConfig",
     "Error",
+    "Family",
+    "IA3Config",
     "InjectReport",
     "LoraConfig",
     "OptimizeReport",
+    "ParallelAdapterConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -83,8 +124,14 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "QuantizedLinear",
+    "ReftConfig",
+    "Site",
     "TaskType",
+    "VeraConfig",
     "cmake_prefix_path",
     "get_peft_model",
     "get_peft_model_state_dict",
@@ -94,6 +141,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "quantize_linear",
     "quantize_model",
+    "register_family",
     "set_peft_model_state_dict",
     "unoptimize",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .config import LoraConfig
+from .config import PeftConfig
 from .errors import Error
 from .tensor_files import read_tensors, write_tensors
 
@@ -72,7 +72,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_adapter(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], safetensors: bool = True
+    folder: Path, config: PeftConfig, tensors: Mapping[str, torch.Tensor], safetensors: bool = True
 ) -> None:
     """Writes an adapter so that a killed process leaves no half of one under its name.
 

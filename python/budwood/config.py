@@ -12,12 +12,36 @@ from .errors import Error
 
 LoraConfig = _C.LoraConfig
 PeftConfig = _C.PeftConfig
+AdaLoraConfig = _C.AdaLoraConfig
+AdaptionPromptConfig = _C.AdaptionPromptConfig
+BottleneckConfig = _C.BottleneckConfig
+CompacterConfig = _C.CompacterConfig
+DyLoraConfig = _C.DyLoraConfig
+IA3Config = _C.IA3Config
+ParallelAdapterConfig = _C.ParallelAdapterConfig
+PrefixTuningConfig = _C.PrefixTuningConfig
+PromptEncoderConfig = _C.PromptEncoderConfig
+PromptTuningConfig = _C.PromptTuningConfig
+ReftConfig = _C.ReftConfig
+VeraConfig = _C.VeraConfig
 
 
 class PeftType(str, Enum):
     """Kinds of adapters."""
 
     LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    BOTTLENECK = "BOTTLENECK"
+    COMPACTER = "COMPACTER"
+    DYLORA = "DYLORA"
+    IA3 = "IA3"
+    PARALLEL_ADAPTER = "PARALLEL_ADAPTER"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    REFT = "REFT"
+    VERA = "VERA"
 
 
 class TaskType(str, Enum):
@@ -31,30 +55,35 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-def read_config(folder: Path) -> LoraConfig:
-    """The configuration of an adapter folder, which must be one of LoRA."""
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig):
-        raise Error(
-            f"[from_pretrained] {folder} is an adapter of kind {config.peft_type}, not LORA"
-        )
-    return config
+def read_config(folder: Path) -> PeftConfig:
+    """The configuration of an adapter folder."""
+    return PeftConfig.from_pretrained(folder)
 
 
-def as_lora_config(config: Any) -> LoraConfig:
+def as_config(config: Any) -> PeftConfig:
     """A budwood config as it is; one of HF PEFT's, converted."""
-    if isinstance(config, LoraConfig):
+    if isinstance(config, PeftConfig):
         return config
     kind = type(config)
     if kind.__module__.startswith("peft.") and hasattr(config, "to_dict"):
         text = json.dumps(config.to_dict(), default=_plain)
-        converted = PeftConfig.from_json(text, strict=False)
-        if isinstance(converted, LoraConfig):
-            return converted
-    raise Error(f"[get_peft_model] wants a LoraConfig, found {kind.__module__}.{kind.__qualname__}")
+        return PeftConfig.from_json(text, strict=False)
+    raise Error(
+        f"[get_peft_model] wants a configuration of budwood or peft, found "
+        f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
-def with_task_heads(config: LoraConfig) -> LoraConfig:
+def is_plain_lora(config: PeftConfig) -> bool:
+    """Whether a config is LoRA whose factors are the whole adapter: what Python slots hold."""
+    if not isinstance(config, LoraConfig):
+        return False
+    init = config.init_lora_weights
+    principal = isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
+    return not config.use_dora and not principal
+
+
+def with_task_heads(config: PeftConfig) -> PeftConfig:
     """A copy whose modules_to_save has the heads that are trained with the task."""
     config = config.copy()
     before = list(config.modules_to_save or ())

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import switches
 from .combine import check_combination, combine, combined_rank
-from .config import LoraConfig
+from .config import LoraConfig, PeftConfig, is_plain_lora
 from .errors import Error
 from .inject import inject
 from .quantized import describe_quantization
@@ -25,7 +25,7 @@ class AdapterControls:
         raise NotImplementedError
 
     @property
-    def peft_config(self) -> dict[str, LoraConfig]:
+    def peft_config(self) -> dict[str, PeftConfig]:
         """Configs by adapter name."""
         return self.injected_model().__dict__.setdefault("peft_config", {})
 
@@ -171,8 +171,13 @@ class AdapterControls:
                 slot.lora_B[adapter_name].weight.copy_(b)
 
 
-def _check_combinable(configs: dict[str, LoraConfig]) -> None:
+def _check_combinable(configs: dict[str, PeftConfig]) -> None:
     for name, config in configs.items():
+        if not is_plain_lora(config):
+            raise Error(
+                f"[add_weighted_adapter] adapter {name!r} is not plain LoRA, and only such can be "
+                "combined into one"
+            )
         for what, there in (
             ("lora_bias", config.lora_bias),
             ("modules_to_save", config.modules_to_save),

@@ -11,10 +11,10 @@ from torch import nn
 
 from . import _C
 from .biases import TrainedBiases
-from .config import LoraConfig, as_lora_config, check_adapter_name
+from .config import PeftConfig, as_config, check_adapter_name, is_plain_lora
 from .errors import Error
 from .saved_modules import SavedModule
-from .slots import LinearSlot
+from .slots import EmbeddingSlot, LinearSlot
 from .switches import adapters_of, biases_of, replace, set_adapter, set_biases, slots
 from .targets import Match, Target, adaptable_modules, match_targets
 from .weights import count_parameters, is_conv1d, is_linear
@@ -25,7 +25,7 @@ class Injected:
     """One place that an injection touched."""
 
     path: str
-    kind: str  #: "lora", "copy" (modules_to_save) or "bias"
+    kind: str  #: "lora" or another method's name, "copy" (modules_to_save) or "bias"
     rank: int
     parameters: int  #: trainable numbers here
 
@@ -49,7 +49,7 @@ class InjectReport:
 
 def inject(
     model: nn.Module,
-    config: LoraConfig,
+    config: PeftConfig,
     adapter_name: str = "default",
     *,
     loading: bool = False,
@@ -65,11 +65,15 @@ def inject(
     if adapter_name in adapters_of(model):
         raise Error(f"[inject] an adapter named {adapter_name!r} is already attached")
     first = not any(True for _ in slots(model))
+    if not is_plain_lora(config):
+        return _inject_method(model, config, adapter_name, first, loading)
     match = match_targets(config, model, strict=not loading)
+    if any(_is_embedding(model.get_submodule(t.path)) for t in match.targets):
+        return _inject_method(model, config, adapter_name, first, loading)
     targets, report = match.targets, InjectReport(warnings=match.warnings)
     layers = _target_layers(model, targets)
     copies = _modules_to_copy(model, config, targets, loading, report)
-    _check_biases(model, config, adapter_name)
+    _check_biases(model, config.bias, adapter_name)
 
     if first:
         model.requires_grad_(False)
@@ -89,19 +93,9 @@ def inject(
             keep_dtype=not autocast_adapter_dtype,
         )
         report.add(target.path, "lora", target.r, slot.adapter_parameters(adapter_name))
-    for path in copies:
-        slot = module = model.get_submodule(path)
-        if not isinstance(module, SavedModule):
-            slot = SavedModule(module).train(module.training)
-            replace(model, module, slot)
-        slot.attach(adapter_name)
-        report.add(path, "copy", 0, slot.adapter_parameters(adapter_name))
+    _attach_copies(model, copies, adapter_name, report)
     if config.bias != "none":
-        biases = TrainedBiases(model, adapter_name, config.bias)
-        set_biases(model, biases)
-        biases.set_active(model, first, first)
-        for path, value in biases.values(model).items():
-            report.add(path, "bias", 0, [value])
+        _attach_biases(model, adapter_name, config.bias, first, report)
     if first:
         set_adapter(model, [adapter_name], trainable=not config.inference_mode)
     _record(model, adapter_name, config, match)
@@ -111,8 +105,94 @@ def inject(
     return report
 
 
+def _inject_method(
+    model: nn.Module, config: PeftConfig, name: str, first: bool, loading: bool
+) -> InjectReport:
+    """The same for a method that lives in C++."""
+    from .methods.inject import attach_method, method_config
+
+    report = InjectReport()
+    copies = _modules_to_copy(model, config, [], loading, report)
+    bias = getattr(config, "bias", "none")
+    _check_biases(model, bias, name)
+    if first:
+        model.requires_grad_(False)
+    config = prepared_config(model, config)
+    places, found = attach_method(model, config, name, loading)
+    report.warnings += found
+    kind = config.peft_type.lower()
+    for place in places:
+        report.places.append(Injected(place["path"], kind, place["rank"], place["parameters"]))
+    _attach_copies(model, copies, name, report)
+    if bias != "none":
+        _attach_biases(model, name, "lora_only" if bias.endswith("_only") else bias, first, report)
+    if first:
+        set_adapter(model, [name], trainable=not config.inference_mode)
+    saved = method_config(model, name)
+    saved.modules_to_save = config.modules_to_save
+    saved.inference_mode = config.inference_mode
+    if saved.base_model_name_or_path is None:
+        saved.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    model.__dict__.setdefault("peft_config", {})[name] = saved
+    report.trainable, report.total = count_parameters(model)
+    for note in report.warnings:
+        warnings.warn(note, stacklevel=4)
+    return report
+
+
+def prepared_config(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """What C++ cannot do itself: an initial text of prompt tuning becomes token ids."""
+    if config.peft_type != "PROMPT_TUNING" or config.prompt_tuning_init != "TEXT":
+        return config
+    if config.init_token_ids or config.inference_mode:
+        config = config.copy()
+        if not config.init_token_ids:
+            config.prompt_tuning_init = "RANDOM"  # a file brings the values
+        return config
+    if not config.prompt_tuning_init_text or not config.tokenizer_name_or_path:
+        raise Error(
+            "[inject] prompt_tuning_init is TEXT: give prompt_tuning_init_text with "
+            "tokenizer_name_or_path (a local folder), or init_token_ids"
+        )
+    from transformers import AutoTokenizer
+
+    options = dict(config.tokenizer_kwargs or {})
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.tokenizer_name_or_path, local_files_only=True, **options
+    )
+    config = config.copy()
+    config.init_token_ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    return config
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, EmbeddingSlot))
+
+
+def _attach_copies(
+    model: nn.Module, paths: list[str], name: str, report: InjectReport
+) -> None:
+    for path in paths:
+        slot = module = model.get_submodule(path)
+        if not isinstance(module, SavedModule):
+            slot = SavedModule(module).train(module.training)
+            replace(model, module, slot)
+        slot.attach(name)
+        report.add(path, "copy", 0, slot.adapter_parameters(name))
+
+
+def _attach_biases(
+    model: nn.Module, name: str, bias: str, first: bool, report: InjectReport
+) -> None:
+    biases = TrainedBiases(model, name, bias)
+    set_biases(model, biases)
+    biases.set_active(model, first, first)
+    for path, value in biases.values(model).items():
+        report.add(path, "bias", 0, [value])
+
+
 def inject_adapter_in_model(
-    peft_config: LoraConfig,
+    peft_config: PeftConfig,
     model: nn.Module,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
@@ -122,11 +202,11 @@ def inject_adapter_in_model(
     The configs stand in `model.peft_config` by name; the modules keep their paths, so the
     parameters have no `base_model.model.` prefix.
     """
-    inject(model, as_lora_config(peft_config), adapter_name)
+    inject(model, as_config(peft_config), adapter_name)
     return model
 
 
-def _record(model: nn.Module, adapter_name: str, config: LoraConfig, match: Match) -> None:
+def _record(model: nn.Module, adapter_name: str, config: PeftConfig, match: Match) -> None:
     """Keeps a copy of a config as it is to be saved: what the model decided is written down."""
     config = config.copy()
     paths = [target.path for target in match.targets]
@@ -157,7 +237,7 @@ def _target_layers(model: nn.Module, targets: list[Target]) -> list[nn.Module]:
 
 def _modules_to_copy(
     model: nn.Module,
-    config: LoraConfig,
+    config: PeftConfig,
     targets: list[Target],
     loading: bool,
     report: InjectReport,
@@ -186,9 +266,9 @@ def _modules_to_copy(
     return paths
 
 
-def _check_biases(model: nn.Module, config: LoraConfig, name: str) -> None:
+def _check_biases(model: nn.Module, bias: str, name: str) -> None:
     biases = biases_of(model)
-    if biases is not None and config.bias != "none":
+    if biases is not None and bias != "none":
         raise Error(
             f"[inject] adapter {biases.adapter!r} trains base biases already, and one adapter of a "
             f"model can: give {name!r} bias='none'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .config import LoraConfig, TaskType, as_lora_config
+from .config import PeftConfig, TaskType, as_config
 from .peft_model import PeftModel
 
 
@@ -49,7 +49,7 @@ def peft_model_class(task_type: TaskType | str | None) -> type[PeftModel]:
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: LoraConfig,
+    peft_config: PeftConfig,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
@@ -62,6 +62,6 @@ def get_peft_model(
         model = budwood.get_peft_model(model, budwood.LoraConfig(r=16, target_modules=["q_proj"]))
         model.print_trainable_parameters()
     """
-    config = as_lora_config(peft_config)
+    config = as_config(peft_config)
     wrapper = peft_model_class(config.task_type)
     return wrapper(model, config, adapter_name, autocast_adapter_dtype)

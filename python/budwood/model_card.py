@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .config import LoraConfig, TaskType
+from .config import PeftConfig, TaskType
 
 _TEXT = """---
 {header}
 ---
 
-# LoRA adapter{of}
+# {method} adapter{of}
 
-Rank {r}, alpha {alpha}, on {targets}.
+{summary}
 
 ```python
 import budwood
@@ -30,7 +30,43 @@ The folder is in the layout of HF PEFT, which loads it too.
 """
 
 
-def write_model_card(folder: Path, config: LoraConfig, version: str) -> None:
+_TITLES = {
+    "LORA": "LoRA",
+    "ADALORA": "AdaLoRA",
+    "ADAPTION_PROMPT": "LLaMA-Adapter",
+    "BOTTLENECK": "Bottleneck",
+    "COMPACTER": "Compacter",
+    "DYLORA": "DyLoRA",
+    "PARALLEL_ADAPTER": "Parallel",
+    "PREFIX_TUNING": "Prefix tuning",
+    "PROMPT_TUNING": "Prompt tuning",
+    "P_TUNING": "P-tuning",
+    "REFT": "ReFT",
+    "VERA": "VeRA",
+}
+
+
+def _summary(config: PeftConfig) -> str:
+    facts = []
+    for name, text in (
+        ("r", "rank {}"),
+        ("lora_alpha", "alpha {}"),
+        ("num_virtual_tokens", "{} virtual tokens"),
+        ("adapter_len", "{} prompts in a layer"),
+        ("reduction_factor", "reduction factor {}"),
+    ):
+        value = getattr(config, name, None)
+        if value is not None:
+            facts.append(text.format(value))
+    targets = getattr(config, "target_modules", None)
+    if targets:
+        names = ", ".join(sorted(targets)) if isinstance(targets, (list, set)) else targets
+        facts.append(f"on {names}")
+    text = ", ".join(facts) or "an adapter"
+    return text[0].upper() + text[1:] + "."
+
+
+def write_model_card(folder: Path, config: PeftConfig, version: str) -> None:
     """Writes README.md unless the folder has one, which is then somebody's own."""
     file = folder / "README.md"
     if file.exists():
@@ -42,17 +78,15 @@ def write_model_card(folder: Path, config: LoraConfig, version: str) -> None:
         header.append(f"base_model: {base}")
     header.append("tags:")
     header += [f"- base_model:adapter:{base}"] if base else []
-    header += ["- lora", "- transformers"]
+    header += [f"- {config.peft_type.lower()}", "- transformers"]
     if causal:
         header.append("pipeline_tag: text-generation")
-    targets = config.target_modules
     file.write_text(
         _TEXT.format(
             header="\n".join(header),
             of=f" of {base}" if base else "",
-            r=config.r,
-            alpha=config.lora_alpha,
-            targets=", ".join(sorted(targets)) if isinstance(targets, (list, set)) else targets,
+            method=_TITLES.get(config.peft_type, config.peft_type),
+            summary=_summary(config),
             kind="ForCausalLM" if causal else "",
             base=base or "NAME_OF_THE_BASE_MODEL",
             version=version,

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import switches
+from . import _C, switches
 from .adapter_folder import find_folder, read_weights, write_adapter
-from .config import LoraConfig, as_lora_config, read_config, with_task_heads
+from .config import PeftConfig, as_config, read_config, with_task_heads
 from .controls import AdapterControls
 from .errors import Error
 from .hf_peft import LooksLikePeft
 from .inject import InjectReport, inject
+from .methods.inject import is_method_adapter, method_config
+from .methods.mirror import mirror_of
 from .model_card import write_model_card
 from .save_and_load import (
     LoadResult,
@@ -59,7 +61,7 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        peft_config: LoraConfig,
+        peft_config: PeftConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
@@ -82,7 +84,7 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         return self.base_model.model
 
     @property
-    def active_peft_config(self) -> LoraConfig:
+    def active_peft_config(self) -> PeftConfig:
         return self.peft_config[self.active_adapters[0]]
 
     @property
@@ -104,7 +106,23 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_special(kwargs)
-        return self.get_base_model()(*args, **kwargs)
+        mirror = mirror_of(self.get_base_model(), make=False)
+        if mirror is None or not self.training:
+            return self.get_base_model()(*args, **kwargs)
+        _C.before_step(mirror.impl, self.__dict__.setdefault("_forwards", 0))
+        self.__dict__["_forwards"] += 1
+        output = self.get_base_model()(*args, **kwargs)
+        loss = getattr(output, "loss", None)
+        added = _C.penalty(mirror.impl) if loss is not None else None
+        if added is not None:
+            output.loss = loss + added.to(loss.device)
+        return output
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's part of a step: call it after optimizer.step(), before zero_grad()."""
+        mirror = mirror_of(self.get_base_model(), make=False)
+        if mirror is not None:
+            _C.after_step(mirror.impl, global_step)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_special(kwargs)
@@ -124,15 +142,15 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
     def add_adapter(
         self,
         adapter_name: str,
-        peft_config: LoraConfig,
+        peft_config: PeftConfig,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Attaches a new adapter; it is neither active nor trainable before `set_adapter`."""
         self._attach(adapter_name, peft_config, autocast_adapter_dtype, loading=False)
 
-    def _attach(self, name: str, config: LoraConfig, autocast: bool, loading: bool) -> None:
-        config = with_task_heads(as_lora_config(config))
+    def _attach(self, name: str, config: PeftConfig, autocast: bool, loading: bool) -> None:
+        config = with_task_heads(as_config(config))
         self.reports[name] = inject(
             self.get_base_model(), config, name, loading=loading, autocast_adapter_dtype=autocast
         )
@@ -169,7 +187,7 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: LoraConfig | None = None,
+        config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         subfolder: str | None = None,
@@ -184,7 +202,7 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         from .mapping import peft_model_class
 
         folder = find_folder(model_id, subfolder, **hub)
-        config = (as_lora_config(config) if config else read_config(folder)).copy()
+        config = (as_config(config) if config else read_config(folder)).copy()
         config.inference_mode = not is_trainable
         if cls is PeftModel:
             cls = peft_model_class(config.task_type)
@@ -260,6 +278,11 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
             if not is_main_process:
                 continue
             config = self.peft_config[name].copy()
+            if is_method_adapter(model, name):
+                whole = config.modules_to_save
+                config = method_config(model, name)
+                config.modules_to_save = whole
+                config.base_model_name_or_path = self.peft_config[name].base_model_name_or_path
             config.inference_mode = True
             if config.task_type is None:
                 config.auto_mapping = {

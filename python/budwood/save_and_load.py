@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from .errors import Error
+from .methods.inject import is_method_adapter, method_tensors, set_method_tensors
 from .saved_modules import SavedModule
-from .slots import LinearSlot
+from .slots import EmbeddingSlot, LinearSlot
 from .switches import adapters_of, biases_of, check_names, slots
 
 PREFIX = "base_model.model."
@@ -47,12 +48,18 @@ def get_peft_model_state_dict(
     """
     check_names(model, [adapter_name], "get_peft_model_state_dict")
     tensors = {}
+    base = _base_of(model)
+    beside_prompts = False
+    if is_method_adapter(base, adapter_name):
+        tensors.update(method_tensors(base, adapter_name))
+        beside_prompts = _config_of(model, adapter_name).is_prompt_learning
     for key, (name, tensor) in _places(model, adapter_name).items():
         if state_dict is not None and name is not None:
             if name not in state_dict:
                 raise Error(f"[get_peft_model_state_dict] the given state_dict has no {name!r}")
             tensor = state_dict[name]
-        tensors[key] = tensor.detach()
+        # Whole modules beside prompts have one level of prefix less, as HF PEFT reads them.
+        tensors["base_model." + _bare(key) if beside_prompts else key] = tensor.detach()
     for key, tensor in _token_tables(model, adapter_name).items():
         if save_embedding_layers is True or (
             save_embedding_layers == "auto"
@@ -74,6 +81,9 @@ def set_peft_model_state_dict(
     """
     where = "set_peft_model_state_dict"
     check_names(model, [adapter_name], where)
+    base = _base_of(model)
+    if is_method_adapter(base, adapter_name):
+        peft_model_state_dict = _set_method(base, adapter_name, peft_model_state_dict)
     wanted = {_bare(key): t for key, (_, t) in _places(model, adapter_name).items()}
     tables = {_bare(key): t for key, t in _token_tables(model, adapter_name).items()}
     found = {_bare(k): t for k, t in peft_model_state_dict.items() if not k.startswith(PRIVATE)}
@@ -107,9 +117,34 @@ def set_peft_model_state_dict(
     return LoadResult([], [])
 
 
+def _base_of(model: nn.Module) -> nn.Module:
+    """The model in which adapters were injected."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _set_method(
+    base: nn.Module, name: str, found: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Hands a method its tensors; what is left are whole modules and biases."""
+    others = {_bare(key) for key in _places(base, name)} | set(_token_tables(base, name))
+    left = {key: t for key, t in found.items() if _file_key(key) in others}
+    own = {key: t for key, t in found.items() if key not in left}
+    set_method_tensors(base, own, name)
+    return {_file_key(key): t for key, t in left.items()}
+
+
+def _file_key(key: str) -> str:
+    """A key without the prefix; HF PEFT gives whole modules beside prompts a shorter one."""
+    bare = _bare(key)
+    return bare.removeprefix("base_model.") if bare.startswith("base_model.") else bare
+
+
 def with_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """File keys as HF PEFT writes them."""
-    return {PREFIX + _bare(key): tensor for key, tensor in tensors.items()}
+    own = ("prompt_embeddings", "base_model.", PRIVATE)
+    return {
+        key if key.startswith(own) else PREFIX + key: tensor for key, tensor in tensors.items()
+    }
 
 
 def _bare(key: str) -> str:
@@ -122,7 +157,7 @@ def _places(model: nn.Module, name: str) -> dict[str, tuple[str | None, torch.Te
     for path, slot in slots(model):
         if name not in slot.adapter_names():
             continue
-        if isinstance(slot, LinearSlot):
+        if isinstance(slot, LinearSlot) and name in slot.lora_A:
             for part in ("lora_A", "lora_B"):
                 for tail, tensor in getattr(slot, part)[name].named_parameters():
                     places[f"{path}.{part}.{tail}"] = (f"{path}.{part}.{name}.{tail}", tensor)
@@ -142,7 +177,8 @@ def _token_tables(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """File key -> tensor of the frozen token tables that a file may hold."""
     tables = {}
     for path, module in model.named_modules():
-        if isinstance(module, LinearSlot) and name in module.lora_A:
+        held = isinstance(module, (LinearSlot, EmbeddingSlot)) and name in module.adapter_names()
+        if held and _is_low_rank(model, name):
             last = path.split(".")[-1]
             if last in EMBEDDING_NAMES:
                 tables[f"{path}.base_layer.weight"] = module.base_layer.weight
@@ -158,6 +194,10 @@ def _token_tables(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
         if path and not isinstance(module, (LinearSlot, SavedModule)) and weight is not None:
             tables[f"{path}.weight"] = weight
     return tables
+
+
+def _is_low_rank(model: nn.Module, name: str) -> bool:
+    return _config_of(model, name).peft_type == "LORA"
 
 
 def _written_twice(model: nn.Module, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 A slot wraps one linear layer, keeps it as `base_layer`, and holds any number of named LoRA
 adapters (arXiv 2106.09685): y = x Wᵀ + b + Σ s (D(x) Aᵀ) Bᵀ, A [r, in], B [out, r]. Parameter
 names are those of HF PEFT (`base_layer.weight`, `lora_A.<name>.weight`, `lora_B.<name>.weight`).
+Adapters of other methods are C++'s (methods/): a slot holds their tensors under `adapters.<name>`.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class LinearSlot(Slot):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.adapters = nn.ModuleDict()
+        self.__dict__["slot"] = None  # the C++ slot, once an adapter of another method is here
         self.merged_adapters: list[str] = []
         # What stood in base_layer before a merge: its parameters, or a packed layer whole. A tuple,
         # so that it is no child.
@@ -103,11 +106,36 @@ class LinearSlot(Slot):
         return self.base_layer
 
     def adapter_names(self) -> list[str]:
-        return list(self.lora_A)
+        return [*self.lora_A, *self.adapters]
 
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        if name in self.adapters:
+            yield from self.adapters[name].trained()
+            return
         yield from self.lora_A[name].parameters()
         yield from self.lora_B[name].parameters()
+
+    def use_methods(self, slot: Any) -> None:
+        """Takes the C++ slot of this place."""
+        self.__dict__["slot"] = slot
+
+    def attach_method(self, name: str) -> None:
+        """Takes in an adapter that the C++ slot has."""
+        from .methods.attached import Attached
+
+        self.adapters[name] = Attached(self.slot.adapter(name)).train(self.training)
+
+    def set_adapter(self, names: list[str], trainable: bool = True) -> None:
+        own = [name for name in names if name in self.adapter_names()]
+        for name in own:
+            if len(own) > 1 and name in self.adapters and not self.adapters[name].impl.composes():
+                raise Error(
+                    f"[set_adapter] {name!r} cannot be active beside another adapter at the same "
+                    f"place; asked for were {own}"
+                )
+        super().set_adapter(names, trainable)
+        if self.slot is not None:
+            self.slot.set_active([n for n in self.active_adapters if n in self.adapters])
 
     def attach(
         self,
@@ -124,7 +152,7 @@ class LinearSlot(Slot):
 
         With `keep_dtype` the adapter has the dtype of a 16 bit base instead of fp32.
         """
-        if name in self.lora_A:
+        if name in self.adapter_names():
             raise Error(f"[attach] an adapter named {name!r} is already attached")
         if r < 1:
             raise Error(f"[attach] the rank is a positive integer, found {r}")
@@ -156,10 +184,14 @@ class LinearSlot(Slot):
     def detach(self, name: str) -> None:
         if self.is_merged(name):
             raise Error(f"[detach] adapter {name!r} is merged into the base: unmerge it first")
-        for held in (self.lora_A, self.lora_B, self.lora_dropout):
-            del held[name]
-        for values in (self.r, self.lora_alpha, self.scaling):
-            del values[name]
+        if name in self.adapters:
+            self.slot.detach(name)
+            del self.adapters[name]
+        else:
+            for held in (self.lora_A, self.lora_B, self.lora_dropout):
+                del held[name]
+            for values in (self.r, self.lora_alpha, self.scaling):
+                del values[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -167,6 +199,8 @@ class LinearSlot(Slot):
         if not self.adapters_enabled or not running:
             return self.base_layer(x, *args, **kwargs)
         plain = not args and not kwargs and is_called_plainly(self.base_layer)
+        if any(name in self.adapters for name in running):
+            return self._forward_methods(x, running)
         if len(running) == 1 and plain and self._is_one_product(running[0]):
             return self._forward_fused(x, running[0])
         if plain:
@@ -182,6 +216,39 @@ class LinearSlot(Slot):
             u = a(self.lora_dropout[name](x.to(a.weight.dtype)))
             y = y + b(u) * self.scaling[name]
         return y.to(dtype)
+
+    def _forward_methods(self, x: torch.Tensor, running: list[str]) -> torch.Tensor:
+        """Through the C++ slot, with the LoRA adapters that are kept here in front of its own."""
+        self.refresh_base()
+        inner = x.to(compute_dtype(self.base_layer, x))
+        y = self.slot.forward(inner, self._lora_terms(running, self.training))
+        return y if inner is x else y.to(x.dtype)
+
+    def refresh_base(self) -> None:
+        """Shows the C++ slot what the base layer holds now."""
+        layer = self.base_layer
+        seen = (id(layer.weight), id(layer.bias))
+        if self.__dict__.get("_seen") != seen:
+            parts, form, (out, in_) = weight_parts(layer)
+            self.slot.set_base(parts, form, out, in_, layer.bias)
+            self.__dict__["_seen"] = seen
+
+    def _lora_terms(self, names: list[str], training: bool) -> list[dict[str, Any]]:
+        terms = []
+        for name in names:
+            if name in self.lora_A:
+                drop = self.lora_dropout[name]
+                b = self.lora_B[name]
+                terms.append(
+                    {
+                        "a": self.lora_A[name].weight,
+                        "b": b.weight,
+                        "bias": b.bias,
+                        "scaling": self.scaling[name],
+                        "dropout": drop.p if training and isinstance(drop, nn.Dropout) else 0.0,
+                    }
+                )
+        return terms
 
     def _is_one_product(self, name: str) -> bool:
         dropout = self.lora_dropout[name]
@@ -202,7 +269,9 @@ class LinearSlot(Slot):
 
     @torch.no_grad()
     def delta(self, name: str) -> torch.Tensor:
-        """s B A of one adapter in fp64, [out, in]."""
+        """s B A of one LoRA adapter in fp64, [out, in]."""
+        if name in self.adapters:
+            raise Error(f"[delta] {name!r} is not a plain LoRA adapter")
         a, b = self.lora_A[name].weight.double(), self.lora_B[name].weight.double()
         return self.scaling[name] * (b @ a)
 
@@ -214,7 +283,7 @@ class LinearSlot(Slot):
         result is not finite.
         """
         names = self.active_adapters if names is None else names
-        added = [n for n in names if n in self.lora_A and n not in self.merged_adapters]
+        added = [n for n in names if n in self.adapter_names() and n not in self.merged_adapters]
         if not added:
             return
         if is_packed(self.base_layer) or len(self._unmerged or ()) == 1:
@@ -262,14 +331,23 @@ class LinearSlot(Slot):
         )
         target = folded.t() if transposed else folded
         step = max(1, (1 << 22) // self.in_features)
+        methods = [name for name in names if name in self.adapters]
+        if methods:
+            # C++ folds into the base as it was before any merge.
+            self.slot.set_base(parts, form, *shape, bias)
+            self.__dict__["_seen"] = None
         for begin in range(0, self.out_features, step):
             end = min(self.out_features, begin + step)
             rows = _C.dequantize(parts, form, shape, "float64", begin, end)
+            if methods:
+                rows = self.slot.fold_rows(rows, begin, self._lora_terms(names, False), methods)
+                target[begin:end] = rows
+                continue
             for name in names:
                 a, b = self.lora_A[name].weight, self.lora_B[name].weight
                 rows = rows + self.scaling[name] * (b[begin:end].double() @ a.double())
             target[begin:end] = rows
-        with_bias = [n for n in names if self.lora_B[n].bias is not None]
+        with_bias = [n for n in names if n in self.lora_B and self.lora_B[n].bias is not None]
         if with_bias and bias is None:
             raise Error(
                 f"[merge] adapter {with_bias[0]!r} has a bias (lora_bias=True), but the base layer "
@@ -281,6 +359,8 @@ class LinearSlot(Slot):
             for name in with_bias:
                 total = total + self.scaling[name] * self.lora_B[name].bias.double()
             total = total.to(bias.dtype)
+        if methods:
+            total = self.slot.fold_bias(self._lora_terms(names, False), methods)
         for what, tensor in (("weight", folded), ("bias", total)):
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise Error(
@@ -311,6 +391,8 @@ class LinearSlot(Slot):
             names, self._merge_again = self._merge_again, []
             self.merge(names)
         self.adapters_enabled = enabled
+        if self.slot is not None:
+            self.slot.set_adapters_enabled(enabled)
 
     def base_before_merge(self) -> nn.Parameter | None:
         """The base weight that a merge has set aside; None when that is a packed layer."""
@@ -327,3 +409,62 @@ class LinearSlot(Slot):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, active={self.active_adapters}, merged={self.merged_adapters}"
+
+
+class EmbeddingSlot(Slot):
+    """A torch.nn.Embedding with adapters, whose arithmetic is C++'s. ids [...] -> [..., dim]."""
+
+    def __init__(self, base_layer: nn.Embedding, slot: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.__dict__["slot"] = slot
+        self.adapters = nn.ModuleDict()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.base_layer.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.base_layer.embedding_dim
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def adapter_names(self) -> list[str]:
+        return list(self.adapters)
+
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        return self.adapters[name].trained()
+
+    def attach_method(self, name: str) -> None:
+        """Takes in an adapter that the C++ slot has."""
+        from .methods.attached import Attached
+
+        self.adapters[name] = Attached(self.slot.adapter(name)).train(self.training)
+
+    def detach(self, name: str) -> None:
+        self.slot.detach(name)
+        del self.adapters[name]
+        self.active_adapters = [other for other in self.active_adapters if other != name]
+
+    def set_adapter(self, names: list[str], trainable: bool = True) -> None:
+        super().set_adapter(names, trainable)
+        self.slot.set_active(self.active_adapters)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.slot.set_adapters_enabled(enabled)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.base_layer(ids)
+        if not self.adapters_enabled or not self.active_adapters:
+            return rows
+        scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its rows
+        if scale is None:
+            return self.slot.adapt(ids, rows)
+        return self.slot.adapt(ids, rows / scale) * scale

@@ -9,7 +9,7 @@ from torch import nn
 from .biases import TrainedBiases
 from .errors import Error
 from .saved_modules import SavedModule
-from .slots import LinearSlot, Slot
+from .slots import EmbeddingSlot, LinearSlot, Slot
 
 _BIASES = "_budwood_biases"
 
@@ -110,6 +110,7 @@ def detach(model: nn.Module, name: str) -> None:
 def merge(model: nn.Module, names: list[str] | None = None) -> None:
     """Folds adapters, by default the active ones, into the base: in all slots or in none."""
     check_names(model, names or [], "merge")
+    _require_mergeable(model, active_adapters(model) if names is None else names)
     if not adapters_enabled(model):
         raise Error("[merge] the adapters are disabled: enable them first")
     done: list[tuple[LinearSlot, list[str]]] = []
@@ -123,6 +124,19 @@ def merge(model: nn.Module, names: list[str] | None = None) -> None:
                 merged.merge(names_before)
             raise Error(f"{error} (module {path})") from None
         done.append((slot, before))
+
+
+def _require_mergeable(model: nn.Module, names: list[str]) -> None:
+    for path, slot in slots(model):
+        if isinstance(slot, (LinearSlot, SavedModule)):
+            continue
+        for name in names:
+            if name in slot.adapter_names():
+                kind = slot.adapters[name].impl.config.peft_type
+                raise Error(
+                    f"[merge] {name!r} is {kind} and cannot be merged: what it does at {path} is no "
+                    "change of a linear weight"
+                )
 
 
 def unmerge(model: nn.Module) -> None:
@@ -141,10 +155,15 @@ def remove_slots(model: nn.Module, keep_trained: bool) -> None:
     if biases is not None and not keep_trained:
         biases.set_active(model, False, False)
     for _, slot in list(slots(model)):
-        if isinstance(slot, LinearSlot):
+        if isinstance(slot, (LinearSlot, EmbeddingSlot)):
             replace(model, slot, slot.base_layer)
         elif isinstance(slot, SavedModule):
             replace(model, slot, slot.current() if keep_trained else slot.original_module)
+    from .methods.mirror import mirror_of
+
+    mirror = mirror_of(model, make=False)
+    if mirror is not None:
+        mirror.remove()
     set_biases(model, None)
     model.__dict__.pop("peft_config", None)
 

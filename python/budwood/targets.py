@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import _C
-from .config import LoraConfig
+from .config import PeftConfig
 from .saved_modules import SavedModule
-from .slots import LinearSlot, Slot
+from .slots import EmbeddingSlot, LinearSlot, Slot
 from .weights import is_conv1d, is_linear
 
 
@@ -43,12 +43,12 @@ def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def match_targets(config: LoraConfig, model: nn.Module, strict: bool) -> Match:
+def match_targets(config: PeftConfig, model: nn.Module, strict: bool) -> Match:
     """Finds the targets of a configuration; see budwood/peft/targets.h for the rules.
 
     An entry that matches nothing is an Error, or without `strict` a warning.
     """
-    output = _output_embedding(model)
+    output = output_embedding(model)
     modules = [
         (path, _kind(module), module is not None and module is output)
         for path, module in adaptable_modules(model)
@@ -63,7 +63,7 @@ def match_targets(config: LoraConfig, model: nn.Module, strict: bool) -> Match:
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, LinearSlot):
+    if isinstance(module, (LinearSlot, EmbeddingSlot)):
         module = module.base_layer
     elif isinstance(module, SavedModule):
         module = module.original_module
@@ -74,9 +74,10 @@ def _kind(module: nn.Module) -> str:
     return "conv1d" if is_conv1d(module) else "linear"
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The projection to the vocabulary, if the model says which it is."""
     # A model without such a method, or one that does not implement it, has no such module.
     try:
-        return model.get_output_embeddings()
+        return model.getoutput_embeddings()
     except (AttributeError, NotImplementedError):
         return None

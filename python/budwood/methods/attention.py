@@ -1,0 +1,152 @@
+"""Adapters of attention, through transformers' attention registry.
+
+Each implementation that a model may have ("sdpa", "budwood", ...) gets a second entry that puts an
+adapter's keys and values before those of the call and adds what attends beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _C
+from ..errors import Error
+from .attached import PlaceSlot, first_of, with_first
+
+_SUFFIX = "+adapters"
+
+
+class AttentionPlace(PlaceSlot):
+    """The attention of one layer."""
+
+    def __init__(
+        self,
+        slot: _C.AttentionSlot,
+        module: nn.Module,
+        projections: tuple[str, ...],
+        after_projection: bool,
+    ) -> None:
+        super().__init__(slot)
+        self.__dict__.update(
+            module=module, projections=projections, after_projection=after_projection, waiting=None
+        )
+        if after_projection:
+            self._hooks = [module.register_forward_hook(self._add_waiting)]
+
+    def _add_waiting(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.waiting is None:
+            return None
+        added, self.__dict__["waiting"] = self.waiting, None
+        out = first_of(output)
+        return with_first(output, out + added.reshape(out.shape).to(out.dtype))
+
+    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [n, d] -> keys and values [n, kv_heads, head_dim] by the layer's own."""
+        names = self.projections
+        if len(names) == 1:
+            k, v = getattr(self.module, names[0])(hidden[None])[0].chunk(3, -1)[1:]
+        else:
+            k, v = (getattr(self.module, name)(hidden[None])[0] for name in names)
+        d = self.slot.head_dim
+        return k.reshape(len(hidden), -1, d), v.reshape(len(hidden), -1, d)
+
+
+def use_adapted_attention(model: nn.Module) -> None:
+    """Has a model call the second entry of its attention implementation."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for config in _configs(model):
+        own = config._attn_implementation
+        if own is None or own.endswith(_SUFFIX):
+            continue
+        if own.startswith(("flash", "flex", "paged")):
+            raise Error(
+                f"[adapters] prefixes are not available with attn_implementation={own!r}: load the "
+                "model with 'sdpa'"
+            )
+        base = "sdpa" if own == "eager" else own
+        name = base + _SUFFIX
+        if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+            ALL_ATTENTION_FUNCTIONS.register(name, _adapted(ALL_ATTENTION_FUNCTIONS[base]))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
+        config._budwood_attention = own
+        config._attn_implementation_internal = name
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Takes that back."""
+    for config in _configs(model):
+        own = config.__dict__.pop("_budwood_attention", None)
+        if own is not None:
+            config._attn_implementation_internal = own
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return [c for c in found.values() if hasattr(c, "_attn_implementation")]
+
+
+def _adapted(attend: Any) -> Any:
+    def forward(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        place = module._modules.get("adapters")
+        if not isinstance(place, AttentionPlace) or not place.runs():
+            return attend(module, query, key, value, attention_mask, scaling=scaling,
+                          is_causal=is_causal, **kwargs)
+        k, v = place.slot.prefix()
+        if k is not None:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            attention_mask = _with_prefix(attention_mask, query, key, k.shape[0], causal)
+            key, value = _before(k, key), _before(v, value)
+        out, weights = attend(module, query, key, value, attention_mask, scaling=scaling,
+                              is_causal=is_causal if k is None else False, **kwargs)
+        return _beside(place, out, query, scaling), weights
+
+    return forward
+
+
+def _before(prefix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[T, kv_heads, d] before [batch, kv_heads, t, d]."""
+    prefix = prefix.to(rows.dtype).transpose(0, 1).expand(rows.shape[0], -1, -1, -1)
+    return torch.cat([prefix, rows], 2)
+
+
+def _with_prefix(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, count: int, causal: bool
+) -> torch.Tensor | None:
+    t, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        if not causal or t == 1:
+            return None
+        mask = torch.ones(t, keys, dtype=torch.bool, device=query.device).tril(keys - t)
+        mask = mask[None, None]
+    mask = mask[..., -t:, :keys]
+    # Every query sees the prefix.
+    seen = mask.new_full((*mask.shape[:-1], count), mask.dtype == torch.bool)
+    return torch.cat([seen, mask], -1)
+
+
+def _beside(
+    place: AttentionPlace, out: torch.Tensor, query: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    batch, heads, t, d = query.shape
+    flat = query.transpose(1, 2).reshape(batch * t, heads, d)
+    scale = d**-0.5 if scaling is None else scaling
+    if place.after_projection:
+        nothing = torch.zeros_like(flat)
+        place.__dict__["waiting"] = place.slot.beside(nothing, flat, scale, place.project)
+        return out
+    return place.slot.beside(out.reshape(batch * t, heads, -1), flat, scale, place.project).view(
+        batch, t, heads, -1
+    )
