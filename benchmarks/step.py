@@ -42,7 +42,29 @@ ALLOCATORS = {
         ":glibc.malloc.trim_threshold=4294967296"
     },
 }
+METHODS = ("lora", "dora", "ia3", "prefix", "prompt", "full")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapter_config(args, library):
+    """The adapter by the names that HF PEFT and Budwood share."""
+    if args.method in ("lora", "dora"):
+        return library.LoraConfig(
+            r=args.rank,
+            lora_alpha=2 * args.rank,
+            target_modules=TARGETS,
+            task_type="CAUSAL_LM",
+            use_dora=args.method == "dora",
+        )
+    if args.method == "ia3":
+        return library.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+            task_type="CAUSAL_LM",
+        )
+    if args.method == "prefix":
+        return library.PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
+    return library.PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
 
 
 def make_batch(args, vocabulary: int):
@@ -68,11 +90,8 @@ def hf_step(args, library, optimized):
             bnb_4bit_compute_dtype=compute,
         )
     model = AutoModelForCausalLM.from_pretrained(args.model, **options)
-    if args.method == "lora":
-        config = library.LoraConfig(
-            r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
-        )
-        model = library.get_peft_model(model, config)
+    if args.method != "full":
+        model = library.get_peft_model(model, adapter_config(args, library))
     if args.checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -101,10 +120,7 @@ def cpp_step(args, checkpointed):
 
     packing = {"quantize": "nf4", "double_quant": True} if args.base == "nf4" else {}
     model = _C.load_model(args.model, dtype=args.compute, **packing)
-    config = _C.LoraConfig(
-        r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
-    _C.inject(model, config)
+    _C.inject(model, adapter_config(args, _C))
     model.train()
     model.checkpointing = int(checkpointed)
     ids = make_batch(args, model.config["vocab_size"])
@@ -177,7 +193,7 @@ def prepare_model(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a Hugging Face folder (default: SmolLM2-135M)")
-    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument(
         "--base",
         choices=("dense", "nf4"),
@@ -233,6 +249,8 @@ def contenders_of(args) -> list[str]:
         sys.exit(f"--contenders names peft and any of {', '.join(CONTENDERS[1:])}; found {names}")
     if args.method == "full":  # Budwood's own models train adapters
         names = [name for name in names if name in ("peft", "peft-optimize")]
+    elif args.method in ("prefix", "prompt"):  # whose HF models come with masks of their own
+        names = [name for name in names if not name.endswith("optimize")]
     return names
 
 
@@ -271,7 +289,11 @@ def report(args, seconds, peaks, loss) -> None:
     if args.json:
         print(json.dumps({"context": context, "rows": rows}, indent=2))
         return
-    method = f"LoRA r{args.rank} on all 7 projections" if args.method == "lora" else "Full training"
+    method = {
+        "lora": f"LoRA r{args.rank} on all 7 projections",
+        "dora": f"DoRA r{args.rank} on all 7 projections",
+        "full": "Full training",
+    }.get(args.method, args.method)
     print(
         f"\n{method}, {args.base} base, {args.compute}{', checkpointed' * args.checkpoint}, "
         f"{args.batch} x {args.length} tokens,\n{args.threads} threads, {context['cpu']}, "

@@ -189,6 +189,8 @@ auto bind_method(py::module_& m, const char* name, const char* doc) {
   py::class_<T, AdapterConfig, std::shared_ptr<T>> type(m, name, doc);
   T example;
   add_options(type, example.fields(), example.AdapterConfig::fields());
+  type.def_static("defaults", [] { return std::make_shared<T>(); },
+                  "The configuration with its default values, whether they are enough or not.");
   type.def(py::init([](const py::kwargs& options) {
     auto config = std::make_shared<T>();
     budwood::set_fields(*config, to_json(options), Strictness::strict);

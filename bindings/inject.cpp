@@ -3,8 +3,10 @@
 
 #include "mirror.h"
 
+#include <budwood/peft/adapterhub.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/inject_matched.h>
+#include <budwood/peft/models/bert.h>
 #include <budwood/peft/models/model.h>
 
 namespace py = pybind11;
@@ -106,6 +108,19 @@ void bind_for(py::module_& m) {
       py::arg("model"), py::arg("folder"), py::arg("name") = "default",
       py::call_guard<py::gil_scoped_release>(), "The adapter as a folder in HF PEFT's layout.");
   m.def(
+      "save_adapterhub",
+      [](Model& model, const std::string& folder, const std::string& name) {
+        budwood::save_adapterhub(model, folder, name);
+      },
+      py::arg("model"), py::arg("folder"), py::arg("name") = "default",
+      py::call_guard<py::gil_scoped_release>(), "The adapter as a folder of AdapterHub's.");
+  m.def(
+      "read_adapterhub",
+      [](Model& model, const std::string& folder, const std::string& name) {
+        budwood::read_adapterhub(model, folder, name);
+      },
+      py::arg("model"), py::arg("folder"), py::arg("name"));
+  m.def(
       "load_adapter",
       [](Model& model, const std::string& folder, const std::string& name) {
         return as_dict(budwood::load_adapter(model, folder, name));
@@ -116,6 +131,11 @@ void bind_for(py::module_& m) {
 }  // namespace
 
 void bind_inject(py::module_& m) {
+  m.def("is_adapterhub_folder",
+        [](const std::string& folder) { return budwood::is_adapterhub_folder(folder); });
+  m.def("adapterhub_config", &budwood::adapterhub_config, py::arg("text"),
+        "What the text of AdapterHub's adapter_config.json is here.");
   bind_for<CausalLM>(m);
+  bind_for<budwood::models::Bert>(m);
   bind_for<Mirror>(m);
 }

@@ -120,7 +120,7 @@ void bind_slots(py::module_& m) {
           [](const LinearSlotImpl& slot, const at::Tensor& x, const py::list& first) {
             auto terms = terms_of(first);
             py::gil_scoped_release released;
-            return slot.forward(x, std::move(terms));
+            return slot.forward_with(x, std::move(terms));
           },
           py::arg("x"), py::arg("first"))
       .def(

@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <budwood/peft/base_weights.h>
+#include <budwood/peft/models/bert.h>
 #include <budwood/peft/models/generate.h>
 #include <budwood/peft/models/quantize_files.h>
 #include <budwood/peft/models/registry.h>
@@ -126,6 +127,40 @@ void bind_models(py::module_& m) {
           all.emplace_back(item.key(), item.value());
         return all;
       });
+
+  py::class_<Bert, std::shared_ptr<Bert>>(m, "Bert", "A BERT encoder in C++; see load_bert.")
+      .def("hidden", &Bert::hidden, py::arg("batch"), py::call_guard<py::gil_scoped_release>(),
+           "Last hidden states [tokens, hidden].")
+      .def("sentence_embedding", &Bert::sentence_embedding, py::arg("batch"),
+           py::arg("normalize") = true, py::call_guard<py::gil_scoped_release>(),
+           "Means of the last hidden states over each sequence [sequences, hidden].")
+      .def("classify", &Bert::classify, py::arg("batch"),
+           py::call_guard<py::gil_scoped_release>(), "Logits [sequences, labels].")
+      .def("loss", &Bert::loss, py::arg("batch"), py::arg("labels"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("set_checkpointing", &Bert::set_checkpointing, py::arg("every"))
+      .def(
+          "train", [](Bert& model, bool on) { model.train(on); }, py::arg("mode") = true)
+      .def("eval", [](Bert& model) { model.eval(); })
+      .def("named_parameters", [](const Bert& model) {
+        std::vector<std::pair<std::string, at::Tensor>> all;
+        for (const auto& item : model.named_parameters())
+          all.emplace_back(item.key(), item.value());
+        return all;
+      });
+  m.def(
+      "load_bert",
+      [](const std::string& folder, const std::string& dtype, const std::string& quantize,
+         int64_t block_size, int64_t num_labels, uint64_t seed) {
+        return load_bert(folder,
+                         {.dtype = dtype, .quantize = quantize, .block_size = block_size},
+                         num_labels, seed);
+      },
+      py::arg("folder"), py::arg("dtype") = "auto", py::arg("quantize") = "",
+      py::arg("block_size") = 64, py::arg("num_labels") = 0, py::arg("seed") = 0,
+      py::call_guard<py::gil_scoped_release>(),
+      "A BERT encoder from a Hugging Face folder; num_labels makes a classifier where there is "
+      "none.");
 
   m.def(
       "load_model",

@@ -1,7 +1,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
-#include <torch/csrc/jit/serialization/pickle.h>
 
+#include <budwood/peft/adapterhub.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/inject_matched.h>
 #include <budwood/peft/io/file.h>
@@ -62,30 +62,6 @@ Collected collect(torch::nn::Module& model, const std::string& name) {
   return all;
 }
 
-NamedTensors read_bin(const fs::path& path) {
-  const auto bytes = io::read_file(path);
-  c10::IValue value;
-  try {
-    value = torch::jit::pickle_load(std::vector<char>(bytes.begin(), bytes.end()));
-  } catch (const std::exception& e) {
-    throw Error("load_adapter",
-                fmt::format("{} is not a file of tensors: {}", path.string(), e.what()));
-  }
-  if (!value.isGenericDict())
-    throw Error("load_adapter",
-                fmt::format("{} is not a plain dictionary of tensors: save it again "
-                            "as safetensors",
-                            path.string()));
-  NamedTensors tensors;
-  for (const auto& entry : value.toGenericDict()) {
-    if (!entry.key().isString() || !entry.value().isTensor())
-      throw Error("load_adapter",
-                  fmt::format("{} holds something that is not a named tensor", path.string()));
-    tensors.emplace_back(entry.key().toStringRef(), entry.value().toTensor());
-  }
-  return tensors;
-}
-
 NamedTensors read_weights(const fs::path& folder) {
   if (fs::exists(folder / kWeights)) {
     const auto file = io::SafetensorsFile::open(folder / kWeights);
@@ -93,7 +69,7 @@ NamedTensors read_weights(const fs::path& folder) {
     for (const auto& info : file.tensors()) tensors.emplace_back(info.name, as_tensor(info));
     return tensors;
   }
-  if (fs::exists(folder / "adapter_model.bin")) return read_bin(folder / "adapter_model.bin");
+  if (fs::exists(folder / "adapter_model.bin")) return read_pickle(folder / "adapter_model.bin");
   throw Error("load_adapter",
               fmt::format("{} has neither {} nor adapter_model.bin", folder.string(), kWeights));
 }
@@ -225,6 +201,7 @@ void save_adapter(torch::nn::Module& model, const std::string& folder, const std
 
 InjectReport load_adapter(torch::nn::Module& model, const std::string& folder,
                           const std::string& name) {
+  if (is_adapterhub_folder(folder)) return load_adapterhub(model, folder, name);
   const auto config = load_adapter_config(folder);
   const auto weights = read_weights(folder);
   auto report = inject_matched(model, config, name, 0, Strictness::lenient);

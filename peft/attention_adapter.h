@@ -8,7 +8,7 @@ namespace budwood {
 
 /// Keys and values [T, kv_heads, head_dim]; undefined = none.
 struct KeyValues {
-  at::Tensor k, v;
+  at::Tensor k = {}, v = {};
 };
 
 /// What attaches to the attention of one layer.
@@ -23,10 +23,10 @@ class AttentionAdapter : public Adapter {
 
   /// What the model does around its attention, for beside().
   struct Around {
-    at::Tensor q;  ///< [tokens, heads, head_dim], rotated
+    at::Tensor q = {};  ///< [tokens, heads, head_dim], rotated
     double scale = 1.0;
     /// Hidden states [n, hidden] -> keys and values by the layer's own projections, not rotated.
-    std::function<KeyValues(const at::Tensor&)> project;
+    std::function<KeyValues(const at::Tensor&)> project = {};
   };
   /// What is added to the attention's result [tokens, heads, head_dim]; undefined = nothing.
   virtual at::Tensor beside(const Around& /*around*/) const { return {}; }

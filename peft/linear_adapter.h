@@ -14,8 +14,8 @@ namespace budwood {
 
 /// The frozen projection an adapter sits on: y = x Wᵀ + b.
 struct LinearBase {
-  quant::Weight weight;
-  at::Tensor bias;  ///< undefined = none
+  quant::Weight weight = {};
+  at::Tensor bias = {};  ///< undefined = none
 };
 
 /// What an adapter does to a projection, y being the result so far, b included:
@@ -26,14 +26,14 @@ struct LinearBase {
 /// and the base reads input_gain ∘ x instead of x. Undefined tensors stand for nothing to do. All
 /// tensors may be results of differentiable arithmetic on the adapter's parameters.
 struct LinearTerm {
-  at::Tensor a;  ///< A [r, in]
-  at::Tensor b;  ///< B [out, r]
+  at::Tensor a = {};  ///< A [r, in]
+  at::Tensor b = {};  ///< B [out, r]
   double scaling = 1.0;
   double dropout = 0.0;   ///< probability of D, inverted dropout while training
-  at::Tensor inner_bias;  ///< b_B [out], scaled as B is
-  at::Tensor gain;        ///< [out]
+  at::Tensor inner_bias = {};  ///< b_B [out], scaled as B is
+  at::Tensor gain = {};   ///< [out]
   bool gain_spares_bias = false;
-  at::Tensor input_gain;  ///< [in]
+  at::Tensor input_gain = {};  ///< [in]
 };
 
 /// What attaches to a Linear slot.

@@ -41,7 +41,8 @@ at::Tensor LinearSlotImpl::forward(const at::Tensor& x) {
   return apply_terms(base_, terms(), x);
 }
 
-at::Tensor LinearSlotImpl::forward(const at::Tensor& x, std::vector<LinearTerm> first) const {
+at::Tensor LinearSlotImpl::forward_with(const at::Tensor& x,
+                                        std::vector<LinearTerm> first) const {
   for (auto& term : terms()) first.push_back(std::move(term));
   return apply_terms(base_, first, x);
 }
@@ -60,6 +61,13 @@ std::optional<ops::Projection> LinearSlotImpl::projection(
   projection.scaling = term.scaling;
   if (term.gain.defined() && term.gain_spares_bias) projection.bias = at::Tensor();
   return projection;
+}
+
+std::optional<quant::Weight> LinearSlotImpl::plain_weight() const {
+  if (base_.bias.defined() || !running().empty()) return {};
+  for (const auto& part : base_.weight.parts)
+    if (part.requires_grad()) return {};
+  return base_.weight;
 }
 
 std::vector<at::Tensor> forward_together(const ops::Source& source,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <budwood/peft/config.h>
 #include <budwood/peft/slot.h>
 
 #include <functional>
@@ -18,10 +19,10 @@ struct Place {
   SlotKind kind = SlotKind::linear;
   uint64_t seed = 0;   ///< of the place's own stream of random numbers
   int64_t layer = -1;  ///< attention, block
-  LinearBase base;     ///< linear; of an embedding the table
+  LinearBase base = {};  ///< linear; of an embedding the table
   int64_t hidden = 0;  ///< input, attention, block
   int64_t heads = 0, kv_heads = 0, head_dim = 0;  ///< attention
-  std::string part;                               ///< block: "attention" or "feed_forward"
+  std::string part = {};                          ///< block: "attention" or "feed_forward"
 };
 
 /// An adapter and the number of the place it is for.

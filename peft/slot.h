@@ -87,7 +87,7 @@ class LinearSlotImpl : public Slot {
     observer_ = std::move(observer);
   }
   /// x through the base and the terms of adapters that live elsewhere, then those of its own.
-  at::Tensor forward(const at::Tensor& x, std::vector<LinearTerm> first) const;
+  at::Tensor forward_with(const at::Tensor& x, std::vector<LinearTerm> first) const;
   /// Puts another weight of the same shape in the slot; throws while something is merged.
   void replace_weight(quant::Weight weight);
   void replace_bias(at::Tensor bias);
@@ -105,6 +105,9 @@ class LinearSlotImpl : public Slot {
 
   /// What the named adapters do when nothing is dropped out, as it is merged.
   std::vector<LinearTerm> terms_to_merge(const std::vector<std::string>& names) const;
+  /// The whole slot as one frozen matrix, when that is what it is now: no bias, no adapter.
+  std::optional<quant::Weight> plain_weight() const;
+
   /// Folds the named adapters into a new dense weight: products and sum in fp64, one rounding to
   /// the weight's dtype (float32 when it is packed). The old weight is kept, so unmerge is exact.
   /// Throws on a non-finite result or when something is already merged; then nothing has changed.

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 #include <fmt/format.h>
 
 #include <budwood/peft/tensor_file.h>
@@ -93,6 +94,30 @@ void write_tensors(const std::filesystem::path& path, const NamedTensors& tensor
                     {static_cast<const std::byte*>(t.const_data_ptr()), t.nbytes()}});
   }
   io::write_safetensors(path, data, metadata);
+}
+
+NamedTensors read_pickle(const std::filesystem::path& path) {
+  const auto bytes = io::read_file(path);
+  c10::IValue value;
+  try {
+    value = torch::jit::pickle_load(std::vector<char>(bytes.begin(), bytes.end()));
+  } catch (const std::exception& e) {
+    throw Error("read_pickle",
+                fmt::format("{} is not a file of tensors: {}", path.string(), e.what()));
+  }
+  if (!value.isGenericDict())
+    throw Error("read_pickle",
+                fmt::format("{} is not a plain dictionary of tensors: save it again "
+                            "as safetensors",
+                            path.string()));
+  NamedTensors tensors;
+  for (const auto& entry : value.toGenericDict()) {
+    if (!entry.key().isString() || !entry.value().isTensor())
+      throw Error("read_pickle",
+                  fmt::format("{} holds something that is not a named tensor", path.string()));
+    tensors.emplace_back(entry.key().toStringRef(), entry.value().toTensor());
+  }
+  return tensors;
 }
 
 }  // namespace budwood

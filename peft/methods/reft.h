@@ -29,9 +29,9 @@ class Reft final : public BlockAdapter {
   // One group of positions.
   struct Unit {
     std::string name;
-    at::Tensor free;     // F [r, hidden]
-    at::Tensor rotate;   // Rᵀ [hidden, r] when it was last asked for
-    at::Tensor source, bias;  // M [r, hidden], c [r]
+    at::Tensor free = {};     // F [r, hidden]
+    at::Tensor rotate = {};   // Rᵀ [hidden, r] when it was last asked for
+    at::Tensor source = {}, bias = {};  // M [r, hidden], c [r]
   };
   const ReftConfig& own() const;
   Unit unit(const std::string& name, int64_t hidden, at::Generator generator);

@@ -169,13 +169,56 @@ void check(const ModelConfig& c) {
   if (c.head_dim % 2 != 0) fail(fmt::format("head_dim is even, found {}", c.head_dim));
 }
 
+void read_token_ids(const Json& json, ModelConfig& c) {
+  if (present(json, "bos_token_id"))
+    c.bos_token_id = integer(json.at("bos_token_id"), "bos_token_id");
+  if (present(json, "pad_token_id"))
+    c.pad_token_id = integer(json.at("pad_token_id"), "pad_token_id");
+  c.eos_token_id = read_eos(json);
+}
+
+ModelConfig parse_gpt2(const Json& json) {
+  ModelConfig c;
+  c.model_type = "gpt2";
+  c.architecture = "GPT2LMHeadModel";
+  if (present(json, "quantization_config")) fail("a quantised GPT-2 folder is not supported");
+  for (const char* key : {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
+                          "add_cross_attention"})
+    if (flag(json, key, false)) fail(fmt::format("'{}' = true is not supported", key));
+  if (!flag(json, "scale_attn_weights", true))
+    fail("'scale_attn_weights' = false is not supported");
+  c.activation = present(json, "activation_function")
+                     ? json.at("activation_function").get<std::string>()
+                     : "gelu_new";
+  if (c.activation != "gelu_new" && c.activation != "gelu" && c.activation != "relu")
+    fail(fmt::format("activation '{}' is not supported; supported: gelu_new, gelu, relu",
+                     c.activation));
+  c.vocab_size = positive(json, "vocab_size");
+  c.hidden_size = positive(json, "n_embd");
+  c.intermediate_size = present(json, "n_inner") ? positive(json, "n_inner") : 4 * c.hidden_size;
+  c.num_hidden_layers = positive(json, "n_layer");
+  c.num_attention_heads = c.num_key_value_heads = positive(json, "n_head");
+  if (c.hidden_size % c.num_attention_heads != 0)
+    fail(fmt::format("n_embd ({}) is not a multiple of n_head ({})", c.hidden_size,
+                     c.num_attention_heads));
+  c.head_dim = c.hidden_size / c.num_attention_heads;
+  c.max_position_embeddings = positive(json, "n_positions");
+  c.layer_norm_eps = number(json, "layer_norm_epsilon", 1e-5);
+  c.tie_word_embeddings = flag(json, "tie_word_embeddings", true);
+  c.attention_bias = c.attention_out_bias = c.mlp_bias = true;
+  read_token_ids(json, c);
+  return c;
+}
+
 ModelConfig parse(const Json& json) {
   if (!json.is_object()) fail("the file is not a JSON object");
   ModelConfig c;
   c.model_type = required(json, "model_type").get<std::string>();
+  if (c.model_type == "gpt2") return parse_gpt2(json);
   const auto family = families().find(c.model_type);
   if (family == families().end())
-    fail(fmt::format("model type '{}' is not supported; supported: llama, mistral, qwen2, qwen3",
+    fail(fmt::format("model type '{}' is not supported; supported: llama, mistral, qwen2, qwen3, "
+                     "gpt2",
                      c.model_type));
   c.architecture = family->second.architecture;
   if (present(json, "architectures") && !json.at("architectures").empty()) {
@@ -216,11 +259,7 @@ ModelConfig parse(const Json& json) {
   c.qk_norm = family->second.qk_norm;
   c.rope = read_rope(json, c.max_position_embeddings);
   c.sliding_window = read_windows(json, c, family->second.default_window);
-  if (present(json, "bos_token_id"))
-    c.bos_token_id = integer(json.at("bos_token_id"), "bos_token_id");
-  if (present(json, "pad_token_id"))
-    c.pad_token_id = integer(json.at("pad_token_id"), "pad_token_id");
-  c.eos_token_id = read_eos(json);
+  read_token_ids(json, c);
   check(c);
   return c;
 }

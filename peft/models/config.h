@@ -23,9 +23,10 @@ struct RopeConfig {
   std::vector<float> frequency_divisors;
 };
 
-/// A decoder of the Llama family: Llama, SmolLM2, Mistral, Qwen2, Qwen3. Names are transformers'.
+/// A decoder: of the Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3), or GPT-2. Names are
+/// transformers' of the former; what a model does not have keeps its value here.
 struct ModelConfig {
-  std::string model_type;    ///< llama, mistral, qwen2, qwen3
+  std::string model_type;    ///< llama, mistral, qwen2, qwen3, gpt2
   std::string architecture;  ///< LlamaForCausalLM, ...
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;
@@ -36,6 +37,8 @@ struct ModelConfig {
   int64_t head_dim = 0;
   int64_t max_position_embeddings = 0;
   double rms_norm_eps = 1e-6;
+  double layer_norm_eps = 1e-5;         ///< GPT-2
+  std::string activation = "silu";      ///< GPT-2: gelu_new, gelu or relu
   RopeConfig rope;
   bool tie_word_embeddings = false;
   bool attention_bias = false;  ///< q, k, v (Qwen2: always)

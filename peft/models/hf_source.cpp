@@ -95,6 +95,10 @@ quant::Weight HfSource::matrix(const std::string& name, int64_t out, int64_t in)
   return quant::Weight::dense(read(name, {out, in}).to(dtype_));
 }
 
+quant::Weight HfSource::transposed_matrix(const std::string& name, int64_t out, int64_t in) {
+  return quant::Weight::dense_transposed(read(name, {in, out}).to(dtype_));
+}
+
 at::Tensor HfSource::vector(const std::string& name, int64_t size) {
   return read(name, {size}).to(dtype_);
 }

@@ -19,6 +19,7 @@ class HfSource final : public WeightSource {
 
   bool has(const std::string& name) const override;
   quant::Weight matrix(const std::string& name, int64_t out, int64_t in) override;
+  quant::Weight transposed_matrix(const std::string& name, int64_t out, int64_t in) override;
   at::Tensor vector(const std::string& name, int64_t size) override;
   at::ScalarType dtype() const override { return dtype_; }
   void release(const std::string& name) override;

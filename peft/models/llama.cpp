@@ -1,9 +1,9 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <budwood/peft/models/attend.h>
 #include <budwood/peft/models/llama.h>
 #include <budwood/peft/models/registry.h>
-#include <budwood/peft/ops/attention.h>
 #include <budwood/peft/ops/cross_entropy.h>
 #include <budwood/peft/ops/gated.h>
 #include <budwood/peft/ops/norm.h>
@@ -11,7 +11,6 @@
 #include <budwood/peft/ops/rotary.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
-#include <cmath>
 
 namespace budwood::models {
 namespace {
@@ -43,16 +42,6 @@ int64_t slot_keeps(const LinearSlot& slot, int64_t element) {
   }
   const auto adapters = static_cast<int64_t>(terms.size());
   return slot->in_features() * (element + adapters * (fp32 + 1));
-}
-
-// Where the keys of each sequence start and end when there are `before` of them, cached or an
-// adapter's, ahead of its own.
-ops::AttentionShape attention_shape(const TokenBatch& batch, int64_t before, int64_t head_dim,
-                                    int64_t window) {
-  ops::AttentionShape shape{batch.cu_seqlens, batch.cu_seqlens,
-                            1.0 / std::sqrt(static_cast<double>(head_dim)), window};
-  for (size_t s = 0; s < shape.cu_k.size(); ++s) shape.cu_k[s] += static_cast<int64_t>(s) * before;
-  return shape;
 }
 
 }  // namespace
@@ -107,40 +96,20 @@ at::Tensor LlamaAttentionImpl::forward(const ops::Source& x, const TokenBatch& b
   }
   q = ops::rotate(q, angles.cos, angles.sin);
   k = ops::rotate(k, angles.cos, angles.sin);
-  const auto prefix = adapters_->prefix();
-  const int64_t prefixed = prefix.k.defined() ? prefix.k.size(0) : 0;
-  int64_t before = prefixed;
-  if (prefixed > 0 && (!cache || cache->length() == 0)) {
-    k = with_prefix(prefix.k, k, batch.cu_seqlens);
-    v = with_prefix(prefix.v, v, batch.cu_seqlens);
-  }
-  if (cache) {
-    const int64_t n = batch.sequences();
-    auto [all_k, all_v] = cache->append(layer_, k.view({n, -1, kv_heads_, head_dim_}),
-                                        v.view({n, -1, kv_heads_, head_dim_}));
-    before = all_k.size(1) - tokens / n;
-    k = all_k.reshape({-1, kv_heads_, head_dim_});
-    v = all_v.reshape({-1, kv_heads_, head_dim_});
-  }
-  auto shape = attention_shape(batch, before, head_dim_, window_);
-  shape.prefix = prefixed;
-  auto out = ops::attention(q, k, v, shape);
-  if (adapters_->has_active()) {
-    const auto project = [this](const at::Tensor& hidden) -> KeyValues {
-      const auto heads = [&](const LinearSlot& slot) {
-        return slot.ptr()->forward(hidden).view({hidden.size(0), kv_heads_, head_dim_});
-      };
-      return {heads(k_proj_), heads(v_proj_)};
+  const auto project = [this](const at::Tensor& hidden) -> KeyValues {
+    const auto heads = [&](const LinearSlot& slot) {
+      return slot.ptr()->forward(hidden).view({hidden.size(0), kv_heads_, head_dim_});
     };
-    out = adapters_->beside(out, {q, shape.scale, project});
-  }
+    return {heads(k_proj_), heads(v_proj_)};
+  };
+  const auto out =
+      attend({.layer = layer_, .window = window_}, adapters_, q, k, v, batch, cache, project);
   return forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})),
                           {o_proj_})[0];
 }
 
 int64_t LlamaAttentionImpl::prefix_tokens() const {
-  const auto prefix = adapters_->prefix();
-  return prefix.k.defined() ? prefix.k.size(0) : 0;
+  return models::prefix_tokens(adapters_);
 }
 
 std::vector<InputGroup> LlamaAttentionImpl::input_groups(const std::string& path,
@@ -273,14 +242,9 @@ at::Tensor LlamaForCausalLM::hidden(const TokenBatch& given, KvCache* cache) {
       x = layer(x, batch, angles, cache);
       continue;
     }
-    auto parameters = trained_parameters(*layer);
-    for (const auto& tensor : elsewhere)
-      if (std::none_of(parameters.begin(), parameters.end(),
-                       [&](const at::Tensor& own) { return own.is_same(tensor); }))
-        parameters.push_back(tensor);
     x = ops::recompute(
         [=](const at::Tensor& input) { return layer.ptr()->forward(input, batch, angles, {}); }, x,
-        parameters);
+        together(trained_parameters(*layer), elsewhere));
   }
   if (cache) cache->advance(batch.longest() + prefixed);
   return norm_(x);
@@ -338,11 +302,7 @@ std::vector<at::Tensor> LlamaForCausalLM::head_parameters() const {
 }
 
 std::optional<quant::Weight> LlamaForCausalLM::plain_head() const {
-  const auto& weight = lm_head_->weight();
-  for (const auto& part : weight.parts)
-    if (part.requires_grad()) return {};
-  if (lm_head_->bias().defined() || !lm_head_->running().empty()) return {};
-  return weight;
+  return lm_head_->plain_weight();
 }
 
 namespace {

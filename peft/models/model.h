@@ -73,6 +73,10 @@ class CausalLM : public torch::nn::Module, public Described {
   virtual std::optional<quant::Weight> plain_head() const { return {}; }
   /// dtype of activations.
   virtual at::ScalarType dtype() const = 0;
+  /// Path of the token table.
+  virtual std::string input_embedding() const { return "model.embed_tokens"; }
+  /// Whether checkpoints hold the transpose of the projection at a path (GPT-2's Conv1D).
+  virtual bool stores_transposed(const std::string& /*path*/) const { return false; }
 
   /// Token embeddings [tokens, hidden], what the first block reads.
   virtual at::Tensor embed(const TokenBatch& batch);
@@ -83,8 +87,6 @@ class CausalLM : public torch::nn::Module, public Described {
  protected:
   /// Where virtual tokens attach.
   const InputSlot& input() const { return input_; }
-  /// Trained tensors of adapters in `block` that adapters in other blocks read.
-  static std::vector<at::Tensor> read_elsewhere(const torch::nn::Module& block);
 
   bool is_checkpointed(size_t block) const {
     return checkpoint_every_ > 0 && static_cast<int64_t>(block) % checkpoint_every_ == 0;
@@ -98,5 +100,10 @@ class CausalLM : public torch::nn::Module, public Described {
 
 /// The parameters of a module that require grad.
 std::vector<at::Tensor> trained_parameters(const torch::nn::Module& module);
+/// Trained tensors of adapters in a module that adapters at other places read.
+std::vector<at::Tensor> read_elsewhere(const torch::nn::Module& module);
+/// Both lists, each tensor once.
+std::vector<at::Tensor> together(std::vector<at::Tensor> tensors,
+                                 const std::vector<at::Tensor>& more);
 
 }  // namespace budwood::models

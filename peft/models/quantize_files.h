@@ -21,7 +21,7 @@ struct QuantizeFilesOptions {
   bool act_order = true;      ///< gptq: columns of large activations first
   bool static_groups = true;  ///< gptq: groups are runs of neighbours also with act_order
   /// Matrices whose names contain one of these stay plain.
-  std::vector<std::string> skip = {"lm_head", "embed"};
+  std::vector<std::string> skip = {"lm_head", "embed", "wte", "wpe"};
   std::string dtype = "auto";         ///< of activations and plain weights
   std::string calibration;            ///< token file (docs/formats.md), for gptq and awq
   int64_t calibration_tokens = 8192;  ///< read from its beginning

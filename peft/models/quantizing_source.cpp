@@ -14,7 +14,15 @@ QuantizingSource::QuantizingSource(WeightSource& source, quant::QuantizeOptions 
       observer_(std::move(observer)) {}
 
 quant::Weight QuantizingSource::matrix(const std::string& name, int64_t out, int64_t in) {
-  auto weight = source_.matrix(name, out, in);
+  return packed(name, source_.matrix(name, out, in));
+}
+
+quant::Weight QuantizingSource::transposed_matrix(const std::string& name, int64_t out,
+                                                  int64_t in) {
+  return packed(name, source_.transposed_matrix(name, out, in));
+}
+
+quant::Weight QuantizingSource::packed(const std::string& name, quant::Weight weight) {
   bool skipped = false;
   for (const auto& part : skip_) {
     if (name.find(part) == std::string::npos) continue;
@@ -26,7 +34,7 @@ quant::Weight QuantizingSource::matrix(const std::string& name, int64_t out, int
     throw Error("load", fmt::format("the tensor '{}' is quantised already ({}): load it as it is",
                                     name, quant::form_of(weight.format).name()));
   try {
-    auto packed = quant::quantize(weight.rows(0, out, weight.dtype()), options_);
+    auto packed = quant::quantize(weight.rows(0, weight.out, weight.dtype()).contiguous(), options_);
     if (observer_) observer_(name, weight, packed);
     source_.release(name);
     return packed;

@@ -20,6 +20,7 @@ class QuantizingSource final : public WeightSource {
 
   bool has(const std::string& name) const override { return source_.has(name); }
   quant::Weight matrix(const std::string& name, int64_t out, int64_t in) override;
+  quant::Weight transposed_matrix(const std::string& name, int64_t out, int64_t in) override;
   at::Tensor vector(const std::string& name, int64_t size) override {
     return source_.vector(name, size);
   }
@@ -30,6 +31,8 @@ class QuantizingSource final : public WeightSource {
   std::vector<std::string> unused_skips() const;
 
  private:
+  quant::Weight packed(const std::string& name, quant::Weight weight);
+
   WeightSource& source_;
   quant::QuantizeOptions options_;
   std::vector<std::string> skip_;

@@ -27,7 +27,7 @@ struct LoadOptions {
   int64_t block_size = 64;
   bool double_quant = false;
   /// Matrices whose names contain one of these are left as they are.
-  std::vector<std::string> quantize_skip = {"lm_head", "embed"};
+  std::vector<std::string> quantize_skip = {"lm_head", "embed", "wte", "wpe"};
   /// Sees each matrix that is quantised.
   QuantizeObserver on_quantized = {};
 };

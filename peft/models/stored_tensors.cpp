@@ -8,7 +8,7 @@
 namespace budwood::models {
 namespace {
 
-void check_plain(const std::string& where, const std::string& path, const LinearSlotImpl& slot) {
+void check_plain(const std::string& where, const std::string& path, const Slot& slot) {
   if (slot.merged().empty() && !slot.adapter_names().empty())
     throw Error(where, fmt::format("'{}' has the adapter '{}', which a plain model cannot hold: "
                                    "merge or detach it first",
@@ -18,10 +18,14 @@ void check_plain(const std::string& where, const std::string& path, const Linear
 }  // namespace
 
 std::vector<int64_t> StoredTensor::shape() const {
-  return matrix ? std::vector<int64_t>{matrix->out, matrix->in} : vector.sizes().vec();
+  if (!matrix) return vector.sizes().vec();
+  return transposed ? std::vector<int64_t>{matrix->in, matrix->out}
+                    : std::vector<int64_t>{matrix->out, matrix->in};
 }
 
 at::Tensor StoredTensor::rows(int64_t begin, int64_t end, at::ScalarType dtype) const {
+  if (transposed)
+    return matrix->rows(0, matrix->out, dtype).t().slice(0, begin, end).cpu().contiguous();
   const auto values = matrix ? matrix->rows(begin, end, dtype) : vector.unsqueeze(0).to(dtype);
   return values.cpu().contiguous();
 }
@@ -30,7 +34,7 @@ bool head_is_tied(CausalLM& model) {
   if (!model.config().tie_word_embeddings) return false;
   const auto modules = model.named_modules("", /*include_self=*/false);
   const auto* head = dynamic_cast<LinearSlotImpl*>(modules["lm_head"].get());
-  const auto* table = dynamic_cast<EmbeddingSlotImpl*>(modules["model.embed_tokens"].get());
+  const auto* table = dynamic_cast<EmbeddingSlotImpl*>(modules[model.input_embedding()].get());
   return head && table && head->weight().parts[0].is_same(table->weight().parts[0]);
 }
 
@@ -41,10 +45,15 @@ std::map<std::string, StoredTensor> stored_tensors(CausalLM& model, const std::s
     const auto& path = item.key();
     auto* module = item.value().get();
     if (dynamic_cast<Adapter*>(module)) continue;
+    if (const auto* slot = dynamic_cast<Slot*>(module)) check_plain(where, path, *slot);
     if (const auto* slot = dynamic_cast<LinearSlotImpl*>(module)) {
-      check_plain(where, path, *slot);
       if (path == "lm_head" && tied) continue;
-      all.emplace(path + ".weight", StoredTensor{slot->weight(), {}, true});
+      const bool transposed = model.stores_transposed(path);
+      if (transposed && slot->weight().packed())
+        throw Error(where, fmt::format("'{}' is packed, and checkpoints of {} hold its transpose, "
+                                       "which no packed layout has",
+                                       path, model.model_type()));
+      all.emplace(path + ".weight", StoredTensor{slot->weight(), {}, true, transposed});
       if (slot->bias().defined()) all.emplace(path + ".bias", StoredTensor{{}, slot->bias()});
     } else if (const auto* table = dynamic_cast<EmbeddingSlotImpl*>(module)) {
       all.emplace(path + ".weight", StoredTensor{table->weight(), {}});

@@ -16,13 +16,14 @@ struct StoredTensor {
   std::optional<quant::Weight> matrix;
   at::Tensor vector;
   bool projection = false;  ///< the matrix of a linear layer, not a token table
+  bool transposed = false;  ///< checkpoints hold its transpose [in, out]
 
   std::vector<int64_t> shape() const;
   at::ScalarType dtype() const { return matrix ? matrix->dtype() : vector.scalar_type(); }
   bool packed() const { return projection && matrix->packed(); }
   /// Rows [begin, end) on the CPU; a vector is one row.
   at::Tensor rows(int64_t begin, int64_t end, at::ScalarType dtype) const;
-  int64_t row_count() const { return matrix ? matrix->out : 1; }
+  int64_t row_count() const { return !matrix ? 1 : transposed ? matrix->in : matrix->out; }
 };
 
 /// False when a merge has given the head of a tied model a weight of its own.

@@ -17,6 +17,8 @@ class WeightSource {
   virtual bool has(const std::string& name) const = 0;
   /// A matrix [out, in].
   virtual quant::Weight matrix(const std::string& name, int64_t out, int64_t in) = 0;
+  /// The same from a tensor that is stored as its transpose [in, out].
+  virtual quant::Weight transposed_matrix(const std::string& name, int64_t out, int64_t in);
   /// A vector [size] in the dtype of activations.
   virtual at::Tensor vector(const std::string& name, int64_t size) = 0;
   /// dtype of activations.

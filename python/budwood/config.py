@@ -56,7 +56,9 @@ class TaskType(str, Enum):
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """The configuration of an adapter folder."""
+    """The configuration of an adapter folder, of budwood, HF PEFT or AdapterHub."""
+    if _C.is_adapterhub_folder(str(folder)):
+        return _C.adapterhub_config((Path(folder) / "adapter_config.json").read_text("utf-8"))
     return PeftConfig.from_pretrained(folder)
 
 

@@ -16,7 +16,7 @@ from .controls import AdapterControls
 from .errors import Error
 from .hf_peft import LooksLikePeft
 from .inject import InjectReport, inject
-from .methods.inject import is_method_adapter, method_config
+from .methods.inject import is_method_adapter, method_config, read_adapterhub
 from .methods.mirror import mirror_of
 from .model_card import write_model_card
 from .save_and_load import (
@@ -210,7 +210,7 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         wrapped = None
         try:
             wrapped = cls(model, config, adapter_name, autocast_adapter_dtype, loading=True)
-            set_peft_model_state_dict(wrapped, read_weights(folder), adapter_name)
+            _read_into(wrapped, folder, adapter_name)
         except Exception:
             if wrapped is not None:
                 wrapped.unload()
@@ -235,14 +235,13 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         Without `is_trainable` the model is put in eval mode, as by HF PEFT.
         """
         folder = find_folder(model_id, subfolder, **hub)
-        weights = read_weights(folder)
         new = adapter_name not in switches.adapters_of(self.get_base_model())
         if new:
             config = read_config(folder).copy()
             config.inference_mode = not is_trainable
             self._attach(adapter_name, config, autocast_adapter_dtype, loading=True)
         try:
-            result = set_peft_model_state_dict(self, weights, adapter_name)
+            result = _read_into(self, folder, adapter_name)
         except Exception:
             if new:
                 switches.detach(self.get_base_model(), adapter_name)
@@ -294,6 +293,23 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         if is_main_process and names:
             self.create_or_update_model_card(directory)
 
+    def save_adapterhub(
+        self, save_directory: str | os.PathLike[str], adapter_name: str = "default"
+    ) -> None:
+        """Writes an adapter as a folder of AdapterHub's library `adapters`.
+
+        For bottleneck, parallel and Compacter adapters, prefix and prompt tuning.
+        `adapters` loads it with use_safetensors=True.
+        """
+        model = self.get_base_model()
+        switches.check_names(model, [adapter_name], "save_adapterhub")
+        if not is_method_adapter(model, adapter_name):
+            raise Error(
+                f"[save_adapterhub] {adapter_name!r} is LoRA, which AdapterHub's layout is not "
+                "written for"
+            )
+        _C.save_adapterhub(mirror_of(model).impl, str(save_directory), adapter_name)
+
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Writes README.md for the active adapter, unless the folder has one."""
         from . import __version__
@@ -306,6 +322,14 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
             "[push_to_hub] is not implemented: call save_pretrained(folder), then "
             "huggingface_hub.upload_folder"
         )
+
+
+def _read_into(model: PeftModel, folder: Path, name: str) -> LoadResult:
+    """The tensors of a folder into an adapter that was attached from its configuration."""
+    if not _C.is_adapterhub_folder(str(folder)):
+        return set_peft_model_state_dict(model, read_weights(folder), name)
+    read_adapterhub(model.get_base_model(), str(folder), name)
+    return LoadResult([], [])
 
 
 def _check_base(model: nn.Module) -> None:

@@ -306,7 +306,7 @@ def quantize(
         Option(
             metavar="NAME",
             help="Leave matrices with this in their names plain; may be given again.",
-            show_default="lm_head, embed",
+            show_default="lm_head, embed, wte, wpe",
         ),
     ] = None,
     dtype: Dtype = "auto",

@@ -36,7 +36,22 @@ SHARED = ("seed", "output", "resume", "overwrite", "adapter")
 # Options of the adapter that config.yaml states also when they have their defaults. All of them
 # stand in adapter_config.json.
 SHOWN_ADAPTER = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "init_lora_weights")
-METHODS = {"lora": "LORA"}
+#: What adapter.method may be, and the configuration that its other settings belong to.
+METHODS = {
+    "lora": "LoraConfig",
+    "adalora": "AdaLoraConfig",
+    "vera": "VeraConfig",
+    "dylora": "DyLoraConfig",
+    "ia3": "IA3Config",
+    "bottleneck": "BottleneckConfig",
+    "parallel": "ParallelAdapterConfig",
+    "compacter": "CompacterConfig",
+    "prefix": "PrefixTuningConfig",
+    "prompt": "PromptTuningConfig",
+    "p_tuning": "PromptEncoderConfig",
+    "llama_adapter": "AdaptionPromptConfig",
+    "reft": "ReftConfig",
+}
 KINDS = {str: "text", bool: "true or false", int: "a whole number", dict: "a mapping"}
 
 
@@ -51,6 +66,7 @@ class Settings:
     quantize: dict[str, Any] | None
     output: Path
     adapter_name: str
+    adapter_kind: str  #: the class of its configuration
     adapter: dict[str, Any]
     data: dict[str, Any]
     train: dict[str, Any]
@@ -89,7 +105,6 @@ def check(values: dict[str, Any], source: str) -> Settings:
     from .. import _C
 
     trainer = _C.TrainOptions().to_dict()
-    adapter_defaults = _C.LoraConfig().to_dict()
     _known(values, TOP, "", source)
     top = {**TOP, **values}
     for name in ("data", "adapter", "train"):
@@ -126,6 +141,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
         raise Error(
             f"[train] {source}: adapter.method is {method!r}, wanted one of {', '.join(METHODS)}"
         )
+    adapter_defaults = getattr(_C, METHODS[method]).defaults().to_dict()
     _type(name, str, "adapter.name", source)
     _known(adapter, {**adapter_defaults, "method": None, "name": None}, "adapter.", source)
 
@@ -141,7 +157,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
         "overwrite": top["overwrite"],
         "adapter": name,
     }
-    shown = {key: adapter_defaults[key] for key in SHOWN_ADAPTER}
+    shown = {key: adapter_defaults[key] for key in SHOWN_ADAPTER if key in adapter_defaults}
     adapter.setdefault("task_type", "CAUSAL_LM")
     adapter.setdefault("base_model_name_or_path", top["model"])
     return Settings(
@@ -152,6 +168,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
         quantize=quantize,
         output=Path(top["output"]),
         adapter_name=name,
+        adapter_kind=METHODS[method],
         adapter=adapter,
         data=data,
         train=options,

@@ -29,7 +29,7 @@ def run(
     output = Output(as_json)
     settings = load_settings(config, overrides, resume=resume, overwrite=overwrite)
     options = _C.TrainOptions.from_dict(settings.train)
-    adapter = _C.LoraConfig(**settings.adapter)
+    adapter = getattr(_C, settings.adapter_kind)(**settings.adapter)
     check_inputs(settings)
 
     model = load_model(settings.model, settings.dtype, settings.weights, settings.quantize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,11 +55,9 @@ def attach_method(
 
 def refresh(mirror: Mirror) -> None:
     """Shows C++ the weights as the model has them now."""
-    for path, slot in mirror.places.items():
+    for slot in mirror.places.values():
         if isinstance(slot, LinearSlot):
             slot.refresh_base()
-        elif isinstance(slot, EmbeddingSlot):
-            del path
 
 
 def is_method_adapter(model: nn.Module, name: str) -> bool:
@@ -74,18 +73,25 @@ def method_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 def set_method_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
     """Copies tensors of a file into an attached adapter."""
+    impl = mirror_of(model).impl
+    _fill(model, name, lambda: _C.set_adapter_tensors(impl, list(tensors.items()), "the file", name))
+
+
+def read_adapterhub(model: nn.Module, folder: str, name: str) -> None:
+    """The same from a folder of AdapterHub's."""
+    impl = mirror_of(model).impl
+    _fill(model, name, lambda: _C.read_adapterhub(impl, folder, name))
+
+
+def _fill(model: nn.Module, name: str, read: Callable[[], None]) -> None:
     slots = [s for s in mirror_of(model).places.values() if name in s.adapters]
     trainable = any(p.requires_grad for s in slots for p in s.adapters[name].trained())
-    _set(model, tensors, name)
+    read()
     # What is trained may differ now: without its encoder a table is trained itself.
     for slot in slots:
         slot.adapters[name].requires_grad_(False)
         for parameter in slot.adapters[name].trained():
             parameter.requires_grad_(trainable)
-
-
-def _set(model: nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
-    _C.set_adapter_tensors(mirror_of(model).impl, list(tensors.items()), "the file", name)
 
 
 def method_config(model: nn.Module, name: str) -> PeftConfig:

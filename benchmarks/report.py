@@ -1,0 +1,158 @@
+"""The page docs/benchmarks.md: every step measured beside HF PEFT, with a plot.
+
+    python benchmarks/report.py            all of it (an hour on 2 cores)
+    python benchmarks/report.py --quick    fewer rounds and shapes
+
+What was measured stays in docs/benchmarks.json, and a run that was stopped goes on from there when
+the machine, the versions and the rounds are the same; --again measures anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from machine import cpu_name
+from step import prepare_model
+
+DOCS = Path(__file__).parent.parent / "docs"
+STEP = Path(__file__).parent / "step.py"
+PEERS = ("torch", "transformers", "peft", "bitsandbytes")
+
+# (title, options of step.py, contenders)
+FAST = "peft,peft-optimize,budwood-python,budwood-optimize,budwood-cpp"
+SHORT = "peft,budwood-python,budwood-cpp"
+CASES = [
+    ("LoRA, fp32", "--method lora", FAST + ",budwood-cpp-checkpointed"),
+    ("LoRA, fp32, allocator tuned for the peer", "--method lora --allocator tuned", SHORT),
+    ("LoRA, bf16", "--method lora --compute bfloat16", FAST),
+    ("QLoRA NF4, fp32 compute", "--base nf4", FAST + ",budwood-cpp-checkpointed"),
+    ("QLoRA NF4, bf16 compute", "--base nf4 --compute bfloat16", FAST),
+    ("DoRA, fp32", "--method dora", SHORT),
+    ("IA3, fp32", "--method ia3", SHORT),
+    ("Prefix of 20, fp32", "--method prefix", SHORT),
+    ("Prompt of 20, fp32", "--method prompt", SHORT),
+    ("Full fine-tuning, fp32", "--method full", "peft,peft-optimize"),
+    ("LoRA, fp32, 1 thread", "--threads 1", SHORT),
+    ("LoRA, fp32, 1 x 128", "--batch 1 --length 128", SHORT),
+    ("LoRA, fp32, 1 x 512", "--batch 1 --length 512", SHORT),
+    ("LoRA, fp32, 8 x 512", "--batch 8 --length 512", SHORT),
+]
+QUICK = 9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--only", default="", help="titles that contain this")
+    args = parser.parse_args()
+    rounds = args.rounds or (3 if args.quick else 5)
+    machine = {"cpu": cpu_name(), "rounds": rounds, **{p: version(p) for p in PEERS}}
+    store = DOCS / "benchmarks.json"
+    known = json.loads(store.read_text()) if store.exists() and not args.again else {}
+    if known.get("machine") != machine:
+        known = {"machine": machine, "cases": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = None
+        for title, options, contenders in CASES[: QUICK if args.quick else None]:
+            if title in known["cases"] or args.only not in title:
+                continue
+            model = model or str(prepare_model(Path(scratch) / "model"))
+            print(f"== {title}", flush=True)
+            command = [sys.executable, str(STEP), "--json", "--model", model]
+            command += ["--rounds", str(rounds), "--contenders", contenders, *options.split()]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            known["cases"][title] = json.loads(done.stdout)
+            store.write_text(json.dumps(known, indent=1) + "\n")
+            print(table(known["cases"][title]), flush=True)
+    write_page(known)
+    plot(known)
+    print(f"wrote {DOCS / 'benchmarks.md'} and {DOCS / 'benchmarks.png'}")
+
+
+def table(case: dict) -> str:
+    lines = [
+        "| | s/step | fastest to slowest | tokens/s | speed | peak MB | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, r in case["rows"].items():
+        lines.append(
+            f"| {name} | {r['seconds']:.2f} | {r['seconds_min']:.2f} to {r['seconds_max']:.2f} | "
+            f"{r['tokens_per_second']:.0f} | {r['speed_ratio']:.2f}x | {r['peak_mb']:.0f} | "
+            f"{r['memory_ratio']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def write_page(known: dict) -> None:
+    machine = known["machine"]
+    text = [
+        "# Benchmarks",
+        "",
+        "One training step of SmolLM2-135M, Budwood beside HF PEFT. Each contender runs in a process",
+        "of its own, in alternation, on the same weights, batch, seeds and threads; medians of "
+        f"{machine['rounds']} rounds of",
+        "2 steps. Speed is HF PEFT's time over the contender's, memory the contender's peak over HF",
+        "PEFT's. 4 x 256 tokens and 2 threads where nothing else is said.",
+        "",
+        f"{machine['cpu']}; " + ", ".join(f"{p} {machine[p]}" for p in PEERS) + ".",
+        "",
+        "`python benchmarks/report.py` makes this page; `benchmarks/step.py` says what the",
+        "contenders are.",
+        "",
+        "![time per token and peak memory](benchmarks.png)",
+        "",
+    ]
+    for title, _, _ in CASES:
+        if title in known["cases"]:
+            text += [f"## {title}", "", table(known["cases"][title]), ""]
+    (DOCS / "benchmarks.md").write_text("\n".join(text))
+
+
+def plot(known: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = [(t, known["cases"][t]) for t, _, _ in CASES if t in known["cases"]]
+    if not cases:
+        return
+    names = [n for n in ("peft", "peft-optimize", "budwood-python", "budwood-optimize",
+                         "budwood-cpp", "budwood-cpp-checkpointed")]
+    colours = dict(zip(names, ("#999999", "#c9a227", "#9ecae1", "#4292c6", "#1b7837", "#a6dba0"),
+                       strict=True))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.62 * len(cases)), sharey=True)
+    for axis, key, label in (
+        (axes[0], "seconds", "milliseconds per token"),
+        (axes[1], "peak_mb", "peak memory, MB"),
+    ):
+        for row, (_, case) in enumerate(cases):
+            tokens = case["context"]["batch"] * case["context"]["length"]
+            there = [n for n in names if n in case["rows"]]
+            for i, name in enumerate(there):
+                value = case["rows"][name][key]
+                value = 1000 * value / tokens if key == "seconds" else value
+                height = 0.8 / len(there)
+                axis.barh(row - 0.4 + height * (i + 0.5), value, height * 0.9,
+                          color=colours[name], label=name)
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(cases)), [t for t, _ in cases])
+    axes[0].invert_yaxis()
+    handles = {label: handle for axis in axes for handle, label in
+               zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.6 / (1.5 + 0.62 * len(cases)), 1, 1))
+    figure.savefig(DOCS / "benchmarks.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <budwood/peft/models/batch.h>
+#include <budwood/peft/models/kv_cache.h>
+#include <budwood/peft/slot.h>
+#include <functional>
+
+namespace budwood::models {
+
+/// What is fixed about the attention of one layer.
+struct AttentionPart {
+  int64_t layer = 0;
+  int64_t window = 0;  ///< keys a query sees, itself included; 0 = all
+  bool causal = true;
+  bool adds_beside = true;  ///< false: the caller asks the slot for what attends beside
+};
+
+/// 1 / sqrt(head_dim).
+double attention_scale(int64_t head_dim);
+
+/// Attention of a batch with what adapters and a cache put before its keys, and beside it. q
+/// [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], rotated where a model does so ->
+/// [tokens, heads, head_dim]. `project` as in AttentionAdapter::Around.
+at::Tensor attend(const AttentionPart& part, const AttentionSlot& adapters, const at::Tensor& q,
+                  at::Tensor k, at::Tensor v, const TokenBatch& batch, KvCache* cache,
+                  const std::function<KeyValues(const at::Tensor&)>& project);
+
+/// Keys that adapters put before those of each sequence.
+int64_t prefix_tokens(const AttentionSlot& adapters);
+
+}  // namespace budwood::models
