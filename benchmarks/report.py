@@ -96,11 +96,11 @@ def write_page(known: dict) -> None:
     text = [
         "# Benchmarks",
         "",
-        "One training step of SmolLM2-135M, Budwood beside HF PEFT. Each contender runs in a process",
-        "of its own, in alternation, on the same weights, batch, seeds and threads; medians of "
+        "One training step of SmolLM2-135M, Budwood beside HF PEFT. Each contender runs in a",
+        "process of its own, in alternation, on the same weights, batch, seeds and threads; medians of "
         f"{machine['rounds']} rounds of",
-        "2 steps. Speed is HF PEFT's time over the contender's, memory the contender's peak over HF",
-        "PEFT's. 4 x 256 tokens and 2 threads where nothing else is said.",
+        "2 steps. Speed is HF PEFT's time over the contender's, memory the contender's peak over",
+        "HF PEFT's. 4 x 256 tokens and 2 threads where nothing else is said.",
         "",
         f"{machine['cpu']}; " + ", ".join(f"{p} {machine[p]}" for p in PEERS) + ".",
         "",
@@ -125,8 +125,10 @@ def plot(known: dict) -> None:
     cases = [(t, known["cases"][t]) for t, _, _ in CASES if t in known["cases"]]
     if not cases:
         return
-    names = [n for n in ("peft", "peft-optimize", "budwood-python", "budwood-optimize",
-                         "budwood-cpp", "budwood-cpp-checkpointed")]
+    names = [
+        "peft", "peft-optimize", "budwood-python", "budwood-optimize", "budwood-cpp",
+        "budwood-cpp-checkpointed",
+    ]
     colours = dict(zip(names, ("#999999", "#c9a227", "#9ecae1", "#4292c6", "#1b7837", "#a6dba0"),
                        strict=True))
     figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.62 * len(cases)), sharey=True)

@@ -8,6 +8,7 @@
 #include <budwood/peft/inject_matched.h>
 #include <budwood/peft/models/bert.h>
 #include <budwood/peft/models/model.h>
+#include <budwood/peft/row_groups.h>
 
 namespace py = pybind11;
 using budwood::models::CausalLM;
@@ -34,6 +35,20 @@ py::dict as_dict(const budwood::InjectReport& report) {
   result["summary"] = report.summary();
   return result;
 }
+
+// A scope of C++ as a context manager.
+class UseAdapters {
+ public:
+  UseAdapters(torch::nn::Module& model, budwood::RowGroups groups)
+      : model_(&model), groups_(std::move(groups)) {}
+  void enter() { scope_.emplace(*model_, groups_); }
+  void exit() { scope_.reset(); }
+
+ private:
+  torch::nn::Module* model_;
+  budwood::RowGroups groups_;
+  std::optional<budwood::UseAdapters> scope_;
+};
 
 // The same functions for a C++ model and for the slots of a Python one.
 template <class Model>
@@ -69,6 +84,14 @@ void bind_for(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "unmerge", [](Model& model) { budwood::unmerge(model); }, py::arg("model"));
+  m.def(
+      "use_adapters",
+      [](Model& model, const std::vector<int64_t>& cu_seqlens,
+         const std::vector<std::string>& names) {
+        return UseAdapters(model, budwood::row_groups(cu_seqlens, names));
+      },
+      py::arg("model"), py::arg("cu_seqlens"), py::arg("names"), py::keep_alive<0, 1>(),
+      "A context in which sequence s uses the adapter names[s]; \"\" is the bare base.");
   m.def(
       "trainable_parameters", [](Model& model) { return budwood::trainable_parameters(model); },
       py::arg("model"));
@@ -135,6 +158,9 @@ void bind_inject(py::module_& m) {
         [](const std::string& folder) { return budwood::is_adapterhub_folder(folder); });
   m.def("adapterhub_config", &budwood::adapterhub_config, py::arg("text"),
         "What the text of AdapterHub's adapter_config.json is here.");
+  py::class_<UseAdapters>(m, "UseAdapters")
+      .def("__enter__", &UseAdapters::enter)
+      .def("__exit__", [](UseAdapters& scope, const py::args&) { scope.exit(); });
   bind_for<CausalLM>(m);
   bind_for<budwood::models::Bert>(m);
   bind_for<Mirror>(m);

@@ -57,6 +57,8 @@ class Adapter : public torch::nn::Module {
   virtual bool starts_as_identity() const { return true; }
   /// Whether it can take part in forward beside another adapter at the same place.
   virtual bool composes() const { return true; }
+  /// Whether it is trained along with a method instead of being one; see companions.h.
+  virtual bool companion() const { return false; }
   /// Rank for a report; 0 = has none.
   virtual int64_t rank() const { return 0; }
 

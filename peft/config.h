@@ -74,6 +74,8 @@ struct AdapterConfig {
   virtual std::shared_ptr<AdapterConfig> clone() const = 0;
   /// How modules are chosen; nothing for methods that do not choose modules.
   virtual std::optional<TargetRules> target_rules() const { return {}; }
+  /// Rows of token tables that are trained along; nothing for methods without the option.
+  virtual TokenIndices token_indices() const { return {}; }
   /// Writes down what matching found, so that a saved configuration means the same modules again.
   virtual void resolve(const Names& /*target_modules*/, const std::vector<std::string>& /*paths*/,
                        std::string_view /*model_type*/) {}

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <budwood/peft/companions.h>
 #include <budwood/peft/described.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/inject_matched.h>
@@ -105,7 +106,11 @@ std::vector<Adapters> active_adapters(torch::nn::Module& model) {
     for (const auto& name : slot->active())
       if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
   std::vector<Adapters> all;
-  for (const auto& name : names) all.push_back(adapters_of(model, name));
+  for (const auto& name : names) {
+    auto own = adapters_of(model, name);
+    std::erase_if(own, [](const auto& adapter) { return adapter->companion(); });
+    if (!own.empty()) all.push_back(std::move(own));
+  }
   return all;
 }
 
@@ -129,6 +134,22 @@ Place place_of(const NamedSlot& named, uint64_t seed) {
     place.part = block->part();
   }
   return place;
+}
+
+void add_companions(std::vector<Grafted>& made, const std::shared_ptr<const AdapterConfig>& config,
+                    const std::vector<Place>& places, torch::nn::Module& model) {
+  std::vector<std::string> modules;
+  for (const auto& item : model.named_modules("", /*include_self=*/false))
+    modules.push_back(item.key());
+  std::set<size_t> taken;
+  for (const auto& grafted : made) taken.insert(grafted.place);
+  for (auto& grafted : make_companions(config, places, modules)) {
+    if (!taken.insert(grafted.place).second)
+      throw Error("inject", fmt::format("'{}' is adapted by {} and cannot be trained whole or by "
+                                        "rows along with that",
+                                        places[grafted.place].path, config->peft_type));
+    made.push_back(std::move(grafted));
+  }
 }
 
 // Numbers of the model, whatever holds them: a packed matrix counts as the matrix that it stands
@@ -163,8 +184,6 @@ InjectReport inject_matched(torch::nn::Module& model, std::shared_ptr<const Adap
                             const std::string& name, uint64_t seed, Strictness strictness) {
   const auto& method = method_of(given->peft_type);
   given->validate(strictness);
-  if (given->modules_to_save && !given->modules_to_save->empty())
-    throw Error("inject", "modules_to_save is not available for C++ models in this version");
   InjectReport report;
   const auto config = given->clone();
   std::optional<std::set<std::string>> targets;
@@ -175,20 +194,25 @@ InjectReport inject_matched(torch::nn::Module& model, std::shared_ptr<const Adap
     report.warnings = found.warnings;
   }
   std::vector<Slot*> slots;
-  std::vector<Place> places;
+  std::vector<Place> places, targeted;
+  std::vector<size_t> index;  // of the targeted ones among all
   for (const auto& named : slots_of(model)) {
     if (named.slot->adapter(name))
       throw Error("inject", fmt::format("an adapter named '{}' is attached already", name));
-    if (targets && !targets->contains(named.path)) continue;
     slots.push_back(named.slot);
     places.push_back(place_of(named, seed));
+    if (targets && !targets->contains(named.path)) continue;
+    index.push_back(places.size() - 1);
+    targeted.push_back(places.back());
   }
 
   // All adapters are made before the first is attached: a failure leaves the model as it was.
-  const auto made = method.make(config, places, seed);
+  auto made = method.make(config, targeted, seed);
   if (made.empty())
     throw Error("inject",
                 fmt::format("{} found no place in this model to attach to", config->peft_type));
+  for (auto& grafted : made) grafted.place = index[grafted.place];
+  add_companions(made, config, places, model);
   for (const auto& [index, adapter] : made) {
     const auto& place = places[index];
     int64_t parameters = 0;

@@ -34,6 +34,12 @@ bool is_frozen(const quant::Weight& weight) {
 
 at::Tensor apply_terms(const LinearBase& base, const std::vector<LinearTerm>& terms,
                        const at::Tensor& x) {
+  if (!terms.empty() && terms[0].own_weight.defined()) {
+    const auto& own = terms[0];
+    const auto y = at::linear(x.to(own.own_weight.scalar_type()), own.own_weight,
+                              if_defined(own.own_bias));
+    return y.to(x.scalar_type());
+  }
   at::Tensor read = x;
   for (const auto& term : terms)
     if (term.input_gain.defined()) read = read * term.input_gain.to(x.scalar_type());
@@ -65,6 +71,8 @@ at::Tensor apply_terms(const LinearBase& base, const std::vector<LinearTerm>& te
 at::Tensor fold_rows(at::Tensor rows, int64_t begin, const std::vector<LinearTerm>& terms) {
   const int64_t n = rows.size(0);
   const auto wide = [](const at::Tensor& t) { return t.detach().to(at::kDouble); };
+  if (!terms.empty() && terms[0].own_weight.defined())
+    return wide(terms[0].own_weight.narrow(0, begin, n));
   for (const auto& term : terms)
     if (term.input_gain.defined()) rows = rows * wide(term.input_gain);
   for (const auto& term : terms) {
@@ -76,6 +84,8 @@ at::Tensor fold_rows(at::Tensor rows, int64_t begin, const std::vector<LinearTer
 }
 
 at::Tensor fold_bias(const at::Tensor& bias, const std::vector<LinearTerm>& terms) {
+  if (!terms.empty() && terms[0].own_bias.defined())
+    return terms[0].own_bias.detach().to(bias.defined() ? bias.scalar_type() : at::kFloat);
   at::Tensor sum = bias.defined() ? bias.detach().to(at::kDouble) : at::Tensor();
   for (const auto& term : terms) {
     if (term.inner_bias.defined()) {

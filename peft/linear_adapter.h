@@ -23,7 +23,8 @@ struct LinearBase {
 ///   y' = gain ∘ (y + s (D(x) Aᵀ) Bᵀ + s b_B)                       [gain_spares_bias = false]
 ///   y' = gain ∘ (y - b + s (D(x) Aᵀ) Bᵀ) + b                       [gain_spares_bias = true]
 ///
-/// and the base reads input_gain ∘ x instead of x. Undefined tensors stand for nothing to do. All
+/// and the base reads input_gain ∘ x instead of x. With own_weight the base is x own_weightᵀ +
+/// own_bias. Undefined tensors stand for nothing to do. All
 /// tensors may be results of differentiable arithmetic on the adapter's parameters.
 struct LinearTerm {
   at::Tensor a = {};  ///< A [r, in]
@@ -34,6 +35,7 @@ struct LinearTerm {
   at::Tensor gain = {};   ///< [out]
   bool gain_spares_bias = false;
   at::Tensor input_gain = {};  ///< [in]
+  at::Tensor own_weight = {}, own_bias = {};  ///< [out, in], [out]
 };
 
 /// What attaches to a Linear slot.

@@ -38,7 +38,18 @@ std::vector<LinearTerm> LinearSlotImpl::terms() const {
 
 at::Tensor LinearSlotImpl::forward(const at::Tensor& x) {
   if (observer_) observer_(x);
+  if (auto grouped = by_groups(x)) return *grouped;
   return apply_terms(base_, terms(), x);
+}
+
+std::optional<at::Tensor> LinearSlotImpl::by_groups(const at::Tensor& x) const {
+  return by_groups(x.size(0), [&](const Adapter* adapter, const at::Tensor& rows) {
+    std::vector<LinearTerm> own;
+    if (adapter)
+      own.push_back(weighted(static_cast<const LinearAdapter*>(adapter)->term(base_),
+                             adapter->weight()));
+    return apply_terms(base_, own, x.index_select(0, rows));
+  });
 }
 
 at::Tensor LinearSlotImpl::forward_with(const at::Tensor& x,
@@ -49,13 +60,15 @@ at::Tensor LinearSlotImpl::forward_with(const at::Tensor& x,
 
 std::optional<ops::Projection> LinearSlotImpl::projection(
     const std::vector<LinearTerm>& terms) const {
-  if (observer_ || terms.size() > 1) return {};
+  if (observer_ || row_groups() || terms.size() > 1) return {};
   for (const auto& part : base_.weight.parts)
     if (part.requires_grad()) return {};
   ops::Projection projection{.weight = base_.weight, .bias = base_.bias};
   if (terms.empty()) return projection;
   const auto& term = terms[0];
-  if (term.dropout > 0 || term.inner_bias.defined() || term.input_gain.defined()) return {};
+  if (term.dropout > 0 || term.inner_bias.defined() || term.input_gain.defined() ||
+      term.own_weight.defined())
+    return {};
   projection.a = term.a;
   projection.b = term.b;
   projection.scaling = term.scaling;
@@ -64,7 +77,7 @@ std::optional<ops::Projection> LinearSlotImpl::projection(
 }
 
 std::optional<quant::Weight> LinearSlotImpl::plain_weight() const {
-  if (base_.bias.defined() || !running().empty()) return {};
+  if (base_.bias.defined() || row_groups() || !running().empty()) return {};
   for (const auto& part : base_.weight.parts)
     if (part.requires_grad()) return {};
   return base_.weight;

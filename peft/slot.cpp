@@ -66,6 +66,25 @@ void Slot::detach(const std::string& name) {
   std::erase(active_, name);
 }
 
+std::optional<at::Tensor> Slot::by_groups(
+    int64_t rows,
+    const std::function<at::Tensor(const Adapter*, const at::Tensor&)>& compute) const {
+  if (!row_groups_ || !enabled_ || !merged().empty()) return {};
+  const bool any = std::any_of(row_groups_->begin(), row_groups_->end(),
+                               [&](const RowGroup& group) { return adapter(group.adapter); });
+  if (!any) return {};
+  std::vector<at::Tensor> order, results;
+  for (const auto& group : *row_groups_) {
+    order.push_back(group.rows);
+    results.push_back(compute(adapter(group.adapter).get(), group.rows));
+  }
+  const auto places = at::cat(order);
+  if (places.size(0) != rows)
+    throw Error("use_adapters", fmt::format("the groups have {} rows, and a slot reads {}",
+                                            places.size(0), rows));
+  return at::cat(results).index_select(0, places.argsort());
+}
+
 std::shared_ptr<Adapter> Slot::adapter(const std::string& name) const {
   for (const auto& entry : adapters_)
     if (entry.name == name) return entry.adapter;

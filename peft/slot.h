@@ -9,6 +9,7 @@
 #include <budwood/peft/input_adapter.h>
 #include <budwood/peft/linear_adapter.h>
 #include <budwood/peft/ops/projections.h>
+#include <budwood/peft/row_groups.h>
 #include <budwood/quant/weight.h>
 #include <functional>
 #include <memory>
@@ -44,6 +45,8 @@ class Slot : public torch::nn::Module {
   const std::vector<std::string>& active() const { return active_; }
   /// With false, forward is the bare base, bit for bit.
   void set_adapters_enabled(bool enabled) { enabled_ = enabled; }
+  /// Which rows use which adapter, instead of the active ones; null = no such thing.
+  void set_row_groups(std::shared_ptr<const RowGroups> groups) { row_groups_ = std::move(groups); }
   /// What is merged into the weight; empty for slots without one.
   virtual const std::vector<std::string>& merged() const;
 
@@ -57,6 +60,14 @@ class Slot : public torch::nn::Module {
     return found;
   }
 
+  bool row_groups() const { return row_groups_ != nullptr; }
+  /// Calls `compute` with the adapter (or null) and the rows of each group and puts the results
+  /// [n, ...] where their rows were; nothing when no group has an adapter here. `rows` is how many
+  /// there are.
+  std::optional<at::Tensor> by_groups(
+      int64_t rows,
+      const std::function<at::Tensor(const Adapter*, const at::Tensor& rows)>& compute) const;
+
  private:
   struct Entry {
     std::string name;
@@ -66,6 +77,7 @@ class Slot : public torch::nn::Module {
 
   std::vector<Entry> adapters_;
   std::vector<std::string> active_;
+  std::shared_ptr<const RowGroups> row_groups_;
   bool enabled_ = true;
 };
 
@@ -125,6 +137,8 @@ class LinearSlotImpl : public Slot {
 
  private:
   void set_weight(quant::Weight weight, at::Tensor bias);
+  std::optional<at::Tensor> by_groups(const at::Tensor& x) const;
+  using Slot::by_groups;
 
   LinearBase base_;
   std::vector<std::string> merged_;

@@ -29,7 +29,7 @@ import budwood
 from budwood import _C
 
 sys.path.insert(0, str(Path(__file__).parent / "python"))
-from test_methods import tiny  # noqa: E402
+from test_methods import tiny
 
 warnings.filterwarnings("ignore")
 
@@ -167,7 +167,9 @@ class PythonSide:
         extra = logits.shape[1] - rows.shape[1]
         if extra:  # the virtual tokens stand behind the first: what follows it comes from the last
             logits = logits[:, extra:]
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()
+        )
 
     def step(self, number: int, before: bool) -> None:
         if not before:
@@ -225,8 +227,8 @@ def check_cell(method: str, family: str, base: str, side: str) -> None:
         try:
             one.merge()
         except budwood.Error as error:
-            assert method not in MERGES, f"merge: {error}"
-            assert "cannot be merged" in str(error), str(error)
+            if method in MERGES or "cannot be merged" not in str(error):
+                raise
             return
         assert method in MERGES, "a merge that cannot be was not refused"
         with torch.no_grad():
@@ -298,7 +300,7 @@ def main() -> int:
         try:
             check_cell(*cell)
             results[cell] = "ok"
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             results[cell] = "FAIL"
             print(" ".join(cell), type(error).__name__, str(error)[:300], file=sys.stderr)
     columns = list(itertools.product(FAMILIES, SIDES))

@@ -67,8 +67,6 @@ std::optional<std::string> unsupported(const LoraConfig& c, Strictness strictnes
   if (!known_init(c, strictness)) return "init_lora_weights";
   if (c.use_qalora) return "use_qalora";
   if (c.target_parameters && !c.target_parameters->empty()) return "target_parameters";
-  if (!std::holds_alternative<std::monostate>(c.trainable_token_indices))
-    return "trainable_token_indices";
   if (c.layer_replication) return "layer_replication";
   if (c.alora_invocation_tokens) return "alora_invocation_tokens";
   if (c.ensure_weight_tying) return "ensure_weight_tying";

@@ -38,13 +38,14 @@ struct LoraConfig : AdapterConfig {
   PatternMap<int64_t> rank_pattern;  ///< r by pattern of the module path
   PatternMap<double> alpha_pattern;  ///< lora_alpha by pattern
 
+  /// Rows of the token table, or of each named table, that are trained whole.
+  TokenIndices trainable_token_indices;
   bool use_dora = false;  ///< learned row norms beside the factors, arXiv 2402.09353
 
   // Not available in this version.
   bool use_qalora = false;
   int64_t qalora_group_size = 16;
   std::optional<std::vector<std::string>> target_parameters;
-  TokenIndices trainable_token_indices;
   LayerRanges layer_replication;
   std::optional<std::vector<int64_t>> alora_invocation_tokens;
   bool ensure_weight_tying = false;
@@ -80,6 +81,7 @@ struct LoraConfig : AdapterConfig {
   void validate(Strictness strictness = Strictness::strict) const override;
   std::shared_ptr<AdapterConfig> clone() const override;
   std::optional<TargetRules> target_rules() const override;
+  TokenIndices token_indices() const override { return trainable_token_indices; }
   std::vector<ConfigField> fields() override;
 
  protected:

@@ -26,6 +26,13 @@ const at::Tensor& find(const Index& index, const std::string& name, at::IntArray
   return t;
 }
 
+double rate_of(const std::string& path, const at::Tensor& p, const AdamWOptions& options) {
+  if (options.lora_plus_ratio == 1.0) return 1.0;
+  if (path.find("lora_embedding_") != std::string::npos) return options.embedding_rate_ratio;
+  const bool fast = p.dim() == 1 || path.find("lora_B") != std::string::npos;
+  return fast ? options.lora_plus_ratio : 1.0;
+}
+
 }  // namespace
 
 AdamW::AdamW(NamedTensors parameters, AdamWOptions options)
@@ -36,17 +43,18 @@ AdamW::AdamW(NamedTensors parameters, AdamWOptions options)
       throw Error("AdamW", fmt::format("{} is not a floating-point leaf", path));
     const auto type = p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const auto zeros = at::zeros_like(p, p.options().dtype(type).requires_grad(false));
-    moments_.push_back({zeros, zeros.clone(), 0});
+    moments_.push_back({zeros, zeros.clone(), 0, rate_of(path, p, options_)});
   }
 }
 
 // The order of operations is torch's single-tensor AdamW, on which bit equality rests.
-void AdamW::step(double learning_rate) {
+void AdamW::step(double base_rate) {
   at::NoGradGuard no_grad;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     auto p = parameters_[i].second;
     if (!p.grad().defined()) continue;
     auto& m = moments_[i];
+    const double learning_rate = base_rate * m.rate;
     const auto grad = p.grad().to(m.exp_avg.scalar_type());
     ++m.step;
     if (p.dim() >= 2) p.mul_(1.0 - learning_rate * options_.weight_decay);

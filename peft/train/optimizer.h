@@ -13,6 +13,10 @@ struct AdamWOptions {
   double beta2 = 0.999;
   double eps = 1e-8;
   double weight_decay = 0.0;  ///< of parameters with two or more dimensions; others never decay
+  /// LoRA+ (arXiv 2402.12354): rate of B and of tensors with one dimension over that of A. With a
+  /// ratio other than 1, factors of token tables learn at embedding_rate_ratio times A's rate.
+  double lora_plus_ratio = 1.0;
+  double embedding_rate_ratio = 1.0;
 };
 
 /// Adam with decoupled weight decay (arXiv 1711.05101), torch.optim.AdamW's arithmetic to the bit.
@@ -24,7 +28,7 @@ class AdamW {
   AdamW(NamedTensors parameters, AdamWOptions options);
 
   /// One update with the parameters' gradients; those without one stay as they are.
-  void step(double learning_rate);
+  void step(double base_rate);
   /// Forgets all gradients.
   void zero_grad();
   const NamedTensors& parameters() const { return parameters_; }
@@ -39,6 +43,7 @@ class AdamW {
   struct Moments {
     at::Tensor exp_avg, exp_avg_sq;
     int64_t step = 0;
+    double rate = 1.0;  // of this tensor over the optimiser's
   };
   NamedTensors parameters_;
   AdamWOptions options_;

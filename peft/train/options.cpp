@@ -39,7 +39,10 @@ std::vector<ConfigField> TrainOptions::fields() {
           bind_field("long_rows", long_rows),
           bind_field("shuffle", shuffle),
           bind_field("gradient_checkpointing", gradient_checkpointing),
+          bind_field("optimizer", optimizer),
           bind_field("learning_rate", learning_rate),
+          bind_field("lora_plus_ratio", lora_plus_ratio),
+          bind_field("lora_plus_embedding_rate", lora_plus_embedding_rate),
           bind_field("weight_decay", weight_decay),
           bind_field("beta1", beta1),
           bind_field("beta2", beta2),
@@ -67,7 +70,12 @@ void TrainOptions::validate() const {
   at_least("grad_accumulation", grad_accumulation, 1);
   at_least("gradient_checkpointing", gradient_checkpointing, 0);
   SampleOptions{sequence_length, batch_size, packing, long_rows}.validate();
+  if (optimizer != "adamw" && optimizer != "lora_fa")
+    fail("optimizer", io::in_quotes(optimizer), "'adamw' or 'lora_fa'");
   in_range("learning_rate", learning_rate, learning_rate > 0, "more than 0");
+  in_range("lora_plus_ratio", lora_plus_ratio, lora_plus_ratio > 0, "more than 0");
+  in_range("lora_plus_embedding_rate", lora_plus_embedding_rate, lora_plus_embedding_rate > 0,
+           "more than 0");
   in_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0");
   in_range("beta1", beta1, beta1 >= 0 && beta1 < 1, "at least 0 and below 1");
   in_range("beta2", beta2, beta2 >= 0 && beta2 < 1, "at least 0 and below 1");

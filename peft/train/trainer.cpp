@@ -75,8 +75,11 @@ Trainer::Trainer(std::shared_ptr<models::CausalLM> model, std::shared_ptr<const 
     : model_((required(model, "model"), std::move(model))),
       options_(std::move(options)),
       sampler_(train, sample_options(options_, true)),
+      lora_fa_(options_.optimizer == "lora_fa" ? std::optional<LoraFa>(*model_) : std::nullopt),
       optimizer_(unique_parameters(*model_),
-                 {options_.beta1, options_.beta2, options_.eps, options_.weight_decay}) {
+                 {options_.beta1, options_.beta2, options_.eps, options_.weight_decay,
+                  options_.lora_plus_ratio,
+                  options_.lora_plus_embedding_rate / options_.learning_rate}) {
   check(*train, sampler_);
   if (eval) {
     eval_.emplace(eval, sample_options(options_, false));
@@ -207,6 +210,7 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
     mean.backward();
   }
   if (run_steps_ == 0) require_gradients();
+  if (lora_fa_) lora_fa_->correct_gradients();
   const double norm = clip_gradients(optimizer_.parameters(), options_.max_grad_norm);
   if (!std::isfinite(norm)) not_finite("norm of the gradient", norm);
   const double rate = options_.learning_rate * schedule_.multiplier(state_.step);

@@ -4,6 +4,7 @@
 #include <budwood/peft/train/checkpoint.h>
 #include <budwood/peft/train/evaluation.h>
 #include <budwood/peft/train/memory_plan.h>
+#include <budwood/peft/train/lora_fa.h>
 #include <budwood/peft/train/optimizer.h>
 #include <budwood/peft/train/options.h>
 #include <budwood/peft/train/sampler.h>
@@ -100,6 +101,7 @@ class Trainer {
   TrainOptions options_;
   Sampler sampler_;
   std::optional<Sampler> eval_;
+  std::optional<LoraFa> lora_fa_;
   AdamW optimizer_;
   Schedule schedule_;
   RunState state_;

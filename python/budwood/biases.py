@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .slots import LinearSlot, Slot
+from .slots import LoraSlot, Slot
 
 
 class TrainedBiases:
@@ -63,5 +63,5 @@ def trainable_biases(model: nn.Module, kind: str) -> Iterator[tuple[str, nn.Para
         if owner is None:
             if kind == "all" and path.split(".")[-1] == "bias":
                 yield path, parameter
-        elif isinstance(held[owner], LinearSlot) and path == owner + "base_layer.bias":
+        elif isinstance(held[owner], LoraSlot) and path == owner + "base_layer.bias":
             yield path, parameter

@@ -82,7 +82,7 @@ def is_plain_lora(config: PeftConfig) -> bool:
         return False
     init = config.init_lora_weights
     principal = isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
-    return not config.use_dora and not principal
+    return not config.use_dora and not principal and config.trainable_token_indices is None
 
 
 def with_task_heads(config: PeftConfig) -> PeftConfig:

@@ -109,7 +109,7 @@ class AdapterControls:
         """
         model = self.injected_model()
         switches.merge(model, adapter_names)
-        replaced = [slot.base_before_merge() for _, slot in switches.linear_slots(model)]
+        replaced = [slot.base_before_merge() for _, slot in switches.weight_slots(model)]
         switches.remove_slots(model, keep_trained=True)
         _untie(model, [weight for weight in replaced if weight is not None])
         describe_quantization(model)

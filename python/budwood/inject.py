@@ -12,9 +12,10 @@ from torch import nn
 from . import _C
 from .biases import TrainedBiases
 from .config import PeftConfig, as_config, check_adapter_name, is_plain_lora
+from .conv_slot import ConvSlot, is_conv
 from .errors import Error
 from .saved_modules import SavedModule
-from .slots import EmbeddingSlot, LinearSlot
+from .slots import EmbeddingSlot, LinearSlot, LoraSlot
 from .switches import adapters_of, biases_of, replace, set_adapter, set_biases, slots
 from .targets import Match, Target, adaptable_modules, match_targets
 from .weights import count_parameters, is_conv1d, is_linear
@@ -79,8 +80,9 @@ def inject(
         model.requires_grad_(False)
     for target, layer in zip(targets, layers, strict=True):
         slot = layer
-        if not isinstance(layer, LinearSlot):
-            slot = LinearSlot(layer).train(layer.training)
+        if not isinstance(layer, LoraSlot):
+            kind = ConvSlot if is_conv(layer) else LinearSlot
+            slot = kind(layer).train(layer.training)
             replace(model, layer, slot)
         slot.attach(
             adapter_name,
@@ -223,13 +225,15 @@ def _target_layers(model: nn.Module, targets: list[Target]) -> list[nn.Module]:
     layers = [model.get_submodule(t.path) for t in targets]
     wrong = []
     for target, layer in zip(targets, layers, strict=True):
-        base = layer.base_layer if isinstance(layer, LinearSlot) else layer
-        if not is_linear(base):
+        base = layer.base_layer if isinstance(layer, LoraSlot) else layer
+        if is_conv(base):
+            ConvSlot(base)  # refuses what it cannot adapt
+        elif not is_linear(base):
             wrong.append(f"{target.path} ({type(base).__module__}.{type(base).__qualname__})")
     if wrong:
         raise Error(
-            "[inject] LoRA attaches to torch.nn.Linear and transformers' Conv1D with floating "
-            "point weights and to packed layers, but target_modules also matches: "
+            "[inject] LoRA attaches to torch.nn.Linear, Conv1d, Conv2d and transformers' Conv1D "
+            "with floating point weights and to packed layers, but target_modules also matches: "
             + ", ".join(wrong)
         )
     return layers

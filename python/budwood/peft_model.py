@@ -18,6 +18,7 @@ from .hf_peft import LooksLikePeft
 from .inject import InjectReport, inject
 from .methods.inject import is_method_adapter, method_config, read_adapterhub
 from .methods.mirror import mirror_of
+from .mixed_batch import use_adapters
 from .model_card import write_model_card
 from .save_and_load import (
     LoadResult,
@@ -104,7 +105,14 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """The model's forward. `adapter_names` gives each row of the batch an adapter of its own;
+        "__base__" is none."""
+        if adapter_names is not None:
+            with use_adapters(self.get_base_model(), adapter_names):
+                return self.forward(*args, **kwargs)
         _refuse_special(kwargs)
         mirror = mirror_of(self.get_base_model(), make=False)
         if mirror is None or not self.training:
@@ -124,7 +132,12 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         if mirror is not None:
             _C.after_step(mirror.impl, global_step)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if adapter_names is not None:
+            with use_adapters(self.get_base_model(), adapter_names):
+                return self.generate(*args, **kwargs)
         _refuse_special(kwargs)
         return self.get_base_model().generate(*args, **kwargs)
 
@@ -344,7 +357,7 @@ def _check_base(model: nn.Module) -> None:
 
 
 def _refuse_special(kwargs: dict[str, Any]) -> None:
-    for name in ("adapter_names", "alora_offsets"):
+    for name in ("alora_offsets",):
         if kwargs.get(name) is not None:
             raise Error(f"[forward] the argument {name} is not implemented")
         kwargs.pop(name, None)

@@ -17,7 +17,7 @@ from torch import nn
 from .errors import Error
 from .methods.inject import is_method_adapter, method_tensors, set_method_tensors
 from .saved_modules import SavedModule
-from .slots import EmbeddingSlot, LinearSlot
+from .slots import EmbeddingSlot, LinearSlot, LoraSlot
 from .switches import adapters_of, biases_of, check_names, slots
 
 PREFIX = "base_model.model."
@@ -103,7 +103,7 @@ def set_peft_model_state_dict(
             )
         elif not torch.isfinite(tensor).all():
             faults.append(f"{key} holds a value that is not finite")
-    if tables and any(isinstance(s, LinearSlot) and s.merged for _, s in slots(model)):
+    if tables and any(isinstance(s, LoraSlot) and s.merged for _, s in slots(model)):
         faults.append("token tables cannot be loaded while an adapter is merged: unmerge it first")
     if faults:
         raise Error(
@@ -157,7 +157,7 @@ def _places(model: nn.Module, name: str) -> dict[str, tuple[str | None, torch.Te
     for path, slot in slots(model):
         if name not in slot.adapter_names():
             continue
-        if isinstance(slot, LinearSlot) and name in slot.lora_A:
+        if isinstance(slot, LoraSlot) and name in slot.lora_A:
             for part in ("lora_A", "lora_B"):
                 for tail, tensor in getattr(slot, part)[name].named_parameters():
                     places[f"{path}.{part}.{tail}"] = (f"{path}.{part}.{name}.{tail}", tensor)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import Error
@@ -60,6 +61,15 @@ class SavedModule(Slot):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.row_groups is not None and self.adapters_enabled:
+            x, *others = args
+
+            def compute(name: str, rows: torch.Tensor) -> torch.Tensor:
+                own = name in self.modules_to_save
+                module = self.modules_to_save[name] if own else self.original_module
+                return module(rows, *others, **kwargs)
+
+            return self.row_groups.apply(x, compute)
         return self.current()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -35,6 +35,8 @@ class Slot(nn.Module):
         super().__init__()
         self.active_adapters: list[str] = []
         self.adapters_enabled = True
+        #: Which rows of a batch use which adapter (mixed_batch.py); None: the active ones.
+        self.row_groups: Any = None
 
     def adapter_names(self) -> list[str]:
         """Names of the attached adapters, in order of attachment."""
@@ -61,16 +63,11 @@ class Slot(nn.Module):
         self.adapters_enabled = enabled
 
 
-class LinearSlot(Slot):
-    """A torch.nn.Linear, a transformers Conv1D or a packed layer, with LoRA adapters.
-
-    x [..., in] -> y [..., out] in the dtype of the base layer's result. Adapters are fp32 on a 16
-    bit base; x is cast to their dtype and the result back.
-    """
+class LoraSlot(Slot):
+    """A layer `base_layer` with LoRA adapters, factors under HF PEFT's names."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        _, _, (self.out_features, self.in_features) = weight_parts(base_layer)
         self.base_layer = base_layer
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -78,12 +75,7 @@ class LinearSlot(Slot):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.adapters = nn.ModuleDict()
-        self.__dict__["slot"] = None  # the C++ slot, once an adapter of another method is here
         self.merged_adapters: list[str] = []
-        # What stood in base_layer before a merge: its parameters, or a packed layer whole. A tuple,
-        # so that it is no child.
-        self._unmerged: tuple[Any, ...] | None = None
         self._merge_again: list[str] = []
 
     @property
@@ -106,14 +98,113 @@ class LinearSlot(Slot):
         return self.base_layer
 
     def adapter_names(self) -> list[str]:
+        return list(self.lora_A)
+
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        yield from self.lora_A[name].parameters()
+        yield from self.lora_B[name].parameters()
+
+    def attach(
+        self,
+        name: str,
+        r: int,
+        lora_alpha: float,
+        scaling: float,
+        dropout: float = 0.0,
+        init: bool | str = True,
+        lora_bias: bool = False,
+        keep_dtype: bool = False,
+    ) -> None:
+        """Adds an adapter, not yet active. `init` is True, False or "gaussian", as in HF PEFT.
+
+        With `keep_dtype` the adapter has the dtype of a 16 bit base instead of fp32.
+        """
+        if name in self.adapter_names():
+            raise Error(f"[attach] an adapter named {name!r} is already attached")
+        if r < 1:
+            raise Error(f"[attach] the rank is a positive integer, found {r}")
+        a, b = self.make_factors(r, lora_bias)
+        if init:
+            if init == "gaussian":
+                nn.init.normal_(a.weight, std=1 / r)
+            elif init is True:
+                nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+            else:
+                raise Error(f"[attach] the initialisation {init!r} is not implemented")
+            for parameter in b.parameters():
+                nn.init.zeros_(parameter)
+        device, dtype = storage_of(self.base_layer)
+        for part in (a, b):
+            # HF PEFT's start values pass through the base's dtype; training is in fp32 all the
+            # same.
+            part.to(device=device, dtype=dtype)
+            if dtype in (torch.float16, torch.bfloat16) and not keep_dtype:
+                part.float()
+            part.requires_grad_(False)
+        self.lora_A[name], self.lora_B[name] = a, b
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
+        self.lora_dropout[name].train(self.training)
+
+    def make_factors(self, r: int, lora_bias: bool) -> tuple[nn.Module, nn.Module]:
+        """A and B. HF PEFT makes them in the same order, so that one seed gives one adapter."""
+        raise NotImplementedError
+
+    def detach(self, name: str) -> None:
+        if self.is_merged(name):
+            raise Error(f"[detach] adapter {name!r} is merged into the base: unmerge it first")
+        for held in (self.lora_A, self.lora_B, self.lora_dropout):
+            del held[name]
+        for values in (self.r, self.lora_alpha, self.scaling):
+            del values[name]
+        self.active_adapters = [other for other in self.active_adapters if other != name]
+
+    def merge(self, names: list[str] | None = None) -> None:
+        """Folds adapters, by default the active ones, into a new weight."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Restores the base bit for bit."""
+        raise NotImplementedError
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged_adapters:
+            merged = self.merged_adapters
+            self.unmerge()
+            self._merge_again = merged
+        elif enabled and self._merge_again:
+            names, self._merge_again = self._merge_again, []
+            self.merge(names)
+        self.adapters_enabled = enabled
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, active={self.active_adapters}, merged={self.merged_adapters}"
+
+
+class LinearSlot(LoraSlot):
+    """A torch.nn.Linear, a transformers Conv1D or a packed layer, with LoRA adapters.
+
+    x [..., in] -> y [..., out] in the dtype of the base layer's result. Adapters are fp32 on a 16
+    bit base; x is cast to their dtype and the result back.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        _, _, (self.out_features, self.in_features) = weight_parts(base_layer)
+        self.adapters = nn.ModuleDict()
+        self.__dict__["slot"] = None  # the C++ slot, once an adapter of another method is here
+        # What stood in base_layer before a merge: its parameters, or a packed layer whole. A tuple,
+        # so that it is no child.
+        self._unmerged: tuple[Any, ...] | None = None
+
+    def adapter_names(self) -> list[str]:
         return [*self.lora_A, *self.adapters]
 
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         if name in self.adapters:
             yield from self.adapters[name].trained()
-            return
-        yield from self.lora_A[name].parameters()
-        yield from self.lora_B[name].parameters()
+        else:
+            yield from super().adapter_parameters(name)
 
     def use_methods(self, slot: Any) -> None:
         """Takes the C++ slot of this place."""
@@ -137,67 +228,52 @@ class LinearSlot(Slot):
         if self.slot is not None:
             self.slot.set_active([n for n in self.active_adapters if n in self.adapters])
 
-    def attach(
-        self,
-        name: str,
-        r: int,
-        lora_alpha: float,
-        scaling: float,
-        dropout: float = 0.0,
-        init: bool | str = True,
-        lora_bias: bool = False,
-        keep_dtype: bool = False,
-    ) -> None:
-        """Adds an adapter, not yet active. `init` is True, False or "gaussian", as in HF PEFT.
-
-        With `keep_dtype` the adapter has the dtype of a 16 bit base instead of fp32.
-        """
-        if name in self.adapter_names():
-            raise Error(f"[attach] an adapter named {name!r} is already attached")
-        if r < 1:
-            raise Error(f"[attach] the rank is a positive integer, found {r}")
-        # The same modules in the same order as HF PEFT, so that one seed gives one adapter.
-        a = nn.Linear(self.in_features, r, bias=False)
-        b = nn.Linear(r, self.out_features, bias=lora_bias)
-        if init:
-            if init == "gaussian":
-                nn.init.normal_(a.weight, std=1 / r)
-            elif init is True:
-                nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-            else:
-                raise Error(f"[attach] the initialisation {init!r} is not implemented")
-            for parameter in b.parameters():
-                nn.init.zeros_(parameter)
-        device, dtype = storage_of(self.base_layer)
-        for part in (a, b):
-            # HF PEFT's start values pass through the base's dtype; training is in fp32 all the
-            # same.
-            part.to(device=device, dtype=dtype)
-            if dtype in (torch.float16, torch.bfloat16) and not keep_dtype:
-                part.float()
-            part.requires_grad_(False)
-        self.lora_A[name], self.lora_B[name] = a, b
-        self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
-        self.lora_dropout[name].train(self.training)
+    def make_factors(self, r: int, lora_bias: bool) -> tuple[nn.Module, nn.Module]:
+        return (
+            nn.Linear(self.in_features, r, bias=False),
+            nn.Linear(r, self.out_features, bias=lora_bias),
+        )
 
     def detach(self, name: str) -> None:
+        if name not in self.adapters:
+            super().detach(name)
+            return
         if self.is_merged(name):
             raise Error(f"[detach] adapter {name!r} is merged into the base: unmerge it first")
-        if name in self.adapters:
-            self.slot.detach(name)
-            del self.adapters[name]
-        else:
-            for held in (self.lora_A, self.lora_B, self.lora_dropout):
-                del held[name]
-            for values in (self.r, self.lora_alpha, self.scaling):
-                del values[name]
+        self.slot.detach(name)
+        del self.adapters[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         running = [n for n in self.active_adapters if n not in self.merged_adapters]
+        if self.row_groups is not None and self.adapters_enabled:
+            return self._forward_by_rows(x)
         if not self.adapters_enabled or not running:
             return self.base_layer(x, *args, **kwargs)
+        return self._forward_running(x, running, *args, **kwargs)
+
+    def _forward_by_rows(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged_adapters:
+            raise Error(f"[adapter_names] {self.merged_adapters} are merged into the base: unmerge")
+        if not any(name in self.adapter_names() for name in self.row_groups.rows):
+            return self.base_layer(x)
+
+        def compute(name: str, rows: torch.Tensor) -> torch.Tensor:
+            if name not in self.adapter_names():
+                return self.base_layer(rows)
+            if name in self.adapters:
+                self.slot.set_active([name])
+            return self._forward_running(rows, [name])
+
+        try:
+            return self.row_groups.apply(x, compute)
+        finally:
+            if self.slot is not None:
+                self.slot.set_active([n for n in self.active_adapters if n in self.adapters])
+
+    def _forward_running(
+        self, x: torch.Tensor, running: list[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         plain = not args and not kwargs and is_called_plainly(self.base_layer)
         if any(name in self.adapters for name in running):
             return self._forward_methods(x, running)
@@ -383,14 +459,7 @@ class LinearSlot(Slot):
         self._unmerged, self.merged_adapters = None, []
 
     def enable_adapters(self, enabled: bool) -> None:
-        if not enabled and self.merged_adapters:
-            merged = self.merged_adapters
-            self.unmerge()
-            self._merge_again = merged
-        elif enabled and self._merge_again:
-            names, self._merge_again = self._merge_again, []
-            self.merge(names)
-        self.adapters_enabled = enabled
+        super().enable_adapters(enabled)
         if self.slot is not None:
             self.slot.set_adapters_enabled(enabled)
 
@@ -407,9 +476,6 @@ class LinearSlot(Slot):
                 kept.data = fn(kept.data)
         return self
 
-    def extra_repr(self) -> str:
-        return f"r={self.r}, active={self.active_adapters}, merged={self.merged_adapters}"
-
 
 class EmbeddingSlot(Slot):
     """A torch.nn.Embedding with adapters, whose arithmetic is C++'s. ids [...] -> [..., dim]."""
@@ -419,10 +485,43 @@ class EmbeddingSlot(Slot):
         self.base_layer = base_layer
         self.__dict__["slot"] = slot
         self.adapters = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._unmerged: nn.Parameter | None = None
+        self._merge_again: list[str] = []
 
     @property
     def weight(self) -> torch.Tensor:
         return self.base_layer.weight
+
+    def is_merged(self, name: str) -> bool:
+        """Whether the table holds an adapter, or will again when adapters are enabled."""
+        return name in self.merged_adapters or name in self._merge_again
+
+    def merge(self, names: list[str] | None = None) -> None:
+        """Folds adapters into a new table, as LinearSlot does. A tied head keeps the old one."""
+        names = self.active_adapters if names is None else names
+        added = [n for n in names if n in self.adapters and n not in self.merged_adapters]
+        if not added:
+            return
+        merged = [*self.merged_adapters, *added]
+        old = self.base_layer.weight if self._unmerged is None else self._unmerged
+        self.slot.unmerge()
+        self.slot.merge(merged)
+        table = self.slot.weight_parts()[0]
+        self._unmerged, self.merged_adapters = old, merged
+        self.base_layer.weight = nn.Parameter(table.detach(), requires_grad=old.requires_grad)
+
+    def unmerge(self) -> None:
+        """Restores the table bit for bit."""
+        self._merge_again = []
+        if self._unmerged is not None:
+            self.slot.unmerge()
+            self.base_layer.weight = self._unmerged
+            self._unmerged, self.merged_adapters = None, []
+
+    def base_before_merge(self) -> nn.Parameter | None:
+        """The table that a merge has set aside."""
+        return self._unmerged
 
     @property
     def num_embeddings(self) -> int:
@@ -448,6 +547,8 @@ class EmbeddingSlot(Slot):
         self.adapters[name] = Attached(self.slot.adapter(name)).train(self.training)
 
     def detach(self, name: str) -> None:
+        if self.is_merged(name):
+            raise Error(f"[detach] adapter {name!r} is merged into the table: unmerge it first")
         self.slot.detach(name)
         del self.adapters[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]
@@ -457,13 +558,35 @@ class EmbeddingSlot(Slot):
         self.slot.set_active(self.active_adapters)
 
     def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged_adapters:
+            merged = self.merged_adapters
+            self.unmerge()
+            self._merge_again = merged
+        elif enabled and self._merge_again:
+            names, self._merge_again = self._merge_again, []
+            self.merge(names)
         super().enable_adapters(enabled)
         self.slot.set_adapters_enabled(enabled)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.row_groups is not None and self.adapters_enabled:
+            try:
+                return self.row_groups.apply(ids, self._forward_one)
+            finally:
+                self.slot.set_active(self.active_adapters)
         rows = self.base_layer(ids)
-        if not self.adapters_enabled or not self.active_adapters:
+        if not self.adapters_enabled or not self.active_adapters or self.merged_adapters:
             return rows
+        return self._adapt(ids, rows)
+
+    def _forward_one(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.base_layer(ids)
+        if name not in self.adapters:
+            return rows
+        self.slot.set_active([name])
+        return self._adapt(ids, rows)
+
+    def _adapt(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its rows
         if scale is None:
             return self.slot.adapt(ids, rows)

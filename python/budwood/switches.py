@@ -9,7 +9,7 @@ from torch import nn
 from .biases import TrainedBiases
 from .errors import Error
 from .saved_modules import SavedModule
-from .slots import EmbeddingSlot, LinearSlot, Slot
+from .slots import EmbeddingSlot, LinearSlot, LoraSlot, Slot
 
 _BIASES = "_budwood_biases"
 
@@ -25,6 +25,13 @@ def linear_slots(model: nn.Module) -> Iterator[tuple[str, LinearSlot]]:
     """All linear slots of a model with their paths."""
     for path, slot in slots(model):
         if isinstance(slot, LinearSlot):
+            yield path, slot
+
+
+def weight_slots(model: nn.Module) -> Iterator[tuple[str, LoraSlot | EmbeddingSlot]]:
+    """All slots that have a weight to merge into, with their paths."""
+    for path, slot in slots(model):
+        if isinstance(slot, (LoraSlot, EmbeddingSlot)):
             yield path, slot
 
 
@@ -96,7 +103,7 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
 def detach(model: nn.Module, name: str) -> None:
     """Removes an adapter from all slots; slots without adapters stay and compute the base."""
     check_names(model, [name], "delete_adapter")
-    if any(slot.is_merged(name) for _, slot in linear_slots(model)):
+    if any(slot.is_merged(name) for _, slot in weight_slots(model)):
         raise Error(f"[delete_adapter] adapter {name!r} is merged into the base: unmerge it first")
     biases = biases_of(model)
     if biases is not None and biases.adapter == name:
@@ -113,8 +120,8 @@ def merge(model: nn.Module, names: list[str] | None = None) -> None:
     _require_mergeable(model, active_adapters(model) if names is None else names)
     if not adapters_enabled(model):
         raise Error("[merge] the adapters are disabled: enable them first")
-    done: list[tuple[LinearSlot, list[str]]] = []
-    for path, slot in linear_slots(model):
+    done: list[tuple[LoraSlot | EmbeddingSlot, list[str]]] = []
+    for path, slot in weight_slots(model):
         before = list(slot.merged_adapters)
         try:
             slot.merge(names)
@@ -128,20 +135,20 @@ def merge(model: nn.Module, names: list[str] | None = None) -> None:
 
 def _require_mergeable(model: nn.Module, names: list[str]) -> None:
     for path, slot in slots(model):
-        if isinstance(slot, (LinearSlot, SavedModule)):
+        if isinstance(slot, (LoraSlot, EmbeddingSlot, SavedModule)):
             continue
         for name in names:
             if name in slot.adapter_names():
                 kind = slot.adapters[name].impl.config.peft_type
                 raise Error(
-                    f"[merge] {name!r} is {kind} and cannot be merged: what it does at {path} is no "
-                    "change of a linear weight"
+                    f"[merge] {name!r} is {kind} and cannot be merged: what it does at {path} is "
+                    "no change of a weight"
                 )
 
 
 def unmerge(model: nn.Module) -> None:
     """Restores all base weights bit for bit."""
-    for _, slot in linear_slots(model):
+    for _, slot in weight_slots(model):
         slot.unmerge()
 
 
@@ -155,7 +162,7 @@ def remove_slots(model: nn.Module, keep_trained: bool) -> None:
     if biases is not None and not keep_trained:
         biases.set_active(model, False, False)
     for _, slot in list(slots(model)):
-        if isinstance(slot, (LinearSlot, EmbeddingSlot)):
+        if isinstance(slot, (LoraSlot, EmbeddingSlot)):
             replace(model, slot, slot.base_layer)
         elif isinstance(slot, SavedModule):
             replace(model, slot, slot.current() if keep_trained else slot.original_module)

@@ -78,6 +78,6 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
     """The projection to the vocabulary, if the model says which it is."""
     # A model without such a method, or one that does not implement it, has no such module.
     try:
-        return model.getoutput_embeddings()
+        return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None

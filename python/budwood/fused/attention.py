@@ -8,6 +8,7 @@ The result at padded places is zero.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +171,7 @@ def _causal(
         if int(at[-1] - at[0]) + 1 != len(at):
             return None
         begins = [*starts[row].nonzero()[:, 0].tolist(), int(at[-1]) + 1]
-        for begin, end in zip(begins, begins[1:], strict=False):
+        for begin, end in itertools.pairwise(begins):
             from_key, to_key = int(first[row, begin]), int(own[row, end - 1]) + 1
             queries.append(torch.arange(begin, end, device=own.device) + row * t)
             kept_keys.append(torch.arange(from_key, to_key, device=own.device) + row * keys)

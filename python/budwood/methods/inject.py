@@ -14,7 +14,9 @@ from ..errors import Error
 from ..slots import EmbeddingSlot, LinearSlot
 from .mirror import Mirror, mirror_of
 
-_BLOCKS = {"BOTTLENECK", "PARALLEL_ADAPTER", "COMPACTER", "PREFIX_TUNING", "ADAPTION_PROMPT", "REFT"}
+_BLOCKS = {
+    "BOTTLENECK", "PARALLEL_ADAPTER", "COMPACTER", "PREFIX_TUNING", "ADAPTION_PROMPT", "REFT",
+}
 
 
 def attach_method(
@@ -74,7 +76,8 @@ def method_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 def set_method_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
     """Copies tensors of a file into an attached adapter."""
     impl = mirror_of(model).impl
-    _fill(model, name, lambda: _C.set_adapter_tensors(impl, list(tensors.items()), "the file", name))
+    found = list(tensors.items())
+    _fill(model, name, lambda: _C.set_adapter_tensors(impl, found, "the file", name))
 
 
 def read_adapterhub(model: nn.Module, folder: str, name: str) -> None:

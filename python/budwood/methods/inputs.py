@@ -26,7 +26,9 @@ class InputPlace(PlaceSlot):
 class ForwardHook:
     """Looks at every call of a model, and changes what the active adapters ask for."""
 
-    def __init__(self, model: nn.Module, place: InputPlace, attention: list[AttentionPlace]) -> None:
+    def __init__(
+        self, model: nn.Module, place: InputPlace, attention: list[AttentionPlace]
+    ) -> None:
         self.model, self.place, self.attention = model, place, attention
         self.names = list(inspect.signature(model.forward).parameters)
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True)

@@ -51,8 +51,8 @@ class Mirror:
         kind = getattr(self.config, "model_type", None) or type(self.model).__name__
         return (
             f"[inject] {peft_type} attaches to blocks, attention or the input, and nobody has said "
-            f"where these are in a model of type {kind!r}. Known are {', '.join(known_families())}; "
-            "describe another with budwood.register_family"
+            f"where these are in a model of type {kind!r}. Known are "
+            f"{', '.join(known_families())}; describe another with budwood.register_family"
         )
 
     def remove(self) -> None:
