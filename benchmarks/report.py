@@ -97,8 +97,8 @@ def write_page(known: dict) -> None:
         "# Benchmarks",
         "",
         "One training step of SmolLM2-135M, Budwood beside HF PEFT. Each contender runs in a",
-        "process of its own, in alternation, on the same weights, batch, seeds and threads; medians of "
-        f"{machine['rounds']} rounds of",
+        "process of its own, in alternation, on the same weights, batch, seeds and threads;",
+        f"medians of {machine['rounds']} rounds of",
         "2 steps. Speed is HF PEFT's time over the contender's, memory the contender's peak over",
         "HF PEFT's. 4 x 256 tokens and 2 threads where nothing else is said.",
         "",

@@ -181,6 +181,7 @@ void bind_slots(py::module_& m) {
             return py::make_tuple(if_defined(kv.k), if_defined(kv.v));
           },
           "(keys, values), [T, kv_heads, head_dim] each, or (None, None).")
+      .def("position_shift", &AttentionSlotImpl::position_shift)
       .def("has_active", &AttentionSlotImpl::has_active)
       .def_property_readonly("head_dim", &AttentionSlotImpl::head_dim)
       .def(

@@ -20,6 +20,7 @@ ModuleKind kind_of(const std::string& name) {
   if (name == "linear") return ModuleKind::linear;
   if (name == "conv1d") return ModuleKind::conv1d;
   if (name == "embedding") return ModuleKind::embedding;
+  if (name == "convolution") return ModuleKind::convolution;
   if (name == "other") return ModuleKind::other;
   throw budwood::Error("match_targets", fmt::format("the kind of a module is '{}'; it must be "
                                                     "linear, conv1d, embedding or other",

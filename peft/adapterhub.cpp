@@ -64,12 +64,15 @@ int64_t integer_of(const Json& given, const char* key, int64_t usual) {
   return it->get<int64_t>();
 }
 
-std::shared_ptr<AdapterConfig> prefix_config(const Json& given) {
+std::shared_ptr<AdapterConfig> prefix_config(const Json& given, const Json& whole) {
   auto config = std::make_shared<PrefixTuningConfig>();
   config->num_virtual_tokens = integer_of(given, "prefix_length", 30);
   config->prefix_projection = !given.value("flat", false);
-  if (config->prefix_projection)
+  config->positions = "own";
+  if (config->prefix_projection) {
     config->encoder_hidden_size = integer_of(given, "bottleneck_size", 512);
+    config->encoder_input_size = integer_of(whole, "hidden_size", 0);
+  }
   if (given.value("use_gating", false))
     throw Error("adapterhub_config", "use_gating of a prefix is not available");
   const auto activation = given.value("non_linearity", std::string("tanh"));
@@ -137,8 +140,9 @@ std::string own_key(const std::string& key, const std::string& hub, const Adapte
     return key.ends_with("prompt_tunings." + hub + ".prompt_embedding.weight")
                ? "prompt_embeddings"
                : refuse();
-  if (key.starts_with("shared_parameters." + hub + "."))
-    return kPrefix + "shared_parameters." + key.substr(19 + hub.size());
+  const auto shared = "shared_parameters." + hub + ".";
+  if (const auto at = key.find(shared); at != std::string::npos)
+    return kPrefix + "shared_parameters." + key.substr(at + shared.size());
   const auto middle = ".adapters." + hub + ".";
   const auto at = key.find(middle);
   if (at == std::string::npos || !locations.contains(key.substr(0, at))) return refuse();
@@ -216,7 +220,7 @@ std::shared_ptr<AdapterConfig> adapterhub_config(const std::string& text) {
                                 ? given.at("architecture").get<std::string>()
                                 : std::string();
   if (architecture.empty()) return bottleneck_config(given);
-  if (architecture == "prefix_tuning") return prefix_config(given);
+  if (architecture == "prefix_tuning") return prefix_config(given, object);
   if (architecture == "prompt_tuning") return prompt_config(given);
   throw Error("adapterhub_config",
               fmt::format("architecture '{}' is not available; available: bottleneck adapters, "
@@ -290,7 +294,7 @@ void save_adapterhub(torch::nn::Module& model, const std::string& folder,
       if (key.starts_with("budwood.")) continue;
       const auto path = key.substr(kPrefix.size());
       if (path.starts_with("shared_parameters.")) {
-        tensors.emplace_back("shared_parameters." + name + path.substr(17), tensor);
+        tensors.emplace_back(below + "shared_parameters." + name + path.substr(17), tensor);
         continue;
       }
       for (const auto& [own, where] : location_of)
@@ -304,9 +308,15 @@ void save_adapterhub(torch::nn::Module& model, const std::string& folder,
     }
   } else if (type == "PREFIX_TUNING") {
     const auto& prefix = static_cast<const PrefixTuningConfig&>(*config);
+    if (prefix.positions != "own")
+      throw Error("save_adapterhub",
+                  "the tokens' positions start after this prefix, and AdapterHub has no such option: "
+                  "make it with positions='own'");
+    const bool fits = prefix.prefix_projection && prefix.encoder_input_size == hidden_of(model);
     bool projected = false;
     const auto start = below + "prefix_tuning.prefix_tunings." + name + ".self_prefix.";
     for (const auto& [key, tensor] : adapter_tensors(model, name)) {
+      if (!fits) break;
       if (key == "budwood.prefix_encoder.embedding.weight") {
         projected = true;
         tensors.emplace_back(start + "wte.weight", tensor);

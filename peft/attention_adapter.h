@@ -18,8 +18,10 @@ class AttentionAdapter : public Adapter {
   SlotKind kind() const override { return SlotKind::attention; }
 
   /// Keys and values that every query of every sequence sees beside those of the tokens. They are
-  /// used as they are: not rotated, not normalised. The tokens' positions start after them.
+  /// used as they are: not rotated, not normalised.
   virtual KeyValues prefix() const { return {}; }
+  /// Whether the tokens' positions start after them.
+  virtual bool moves_positions() const { return true; }
 
   /// What the model does around its attention, for beside().
   struct Around {

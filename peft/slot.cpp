@@ -156,6 +156,15 @@ KeyValues AttentionSlotImpl::prefix() const {
   return {at::cat(k), at::cat(v)};
 }
 
+int64_t AttentionSlotImpl::position_shift() const {
+  int64_t shift = 0;
+  for (const auto* adapter : running_as<AttentionAdapter>()) {
+    const auto one = adapter->moves_positions() ? adapter->prefix() : KeyValues{};
+    if (one.k.defined()) shift += one.k.size(0);
+  }
+  return shift;
+}
+
 at::Tensor AttentionSlotImpl::beside(at::Tensor attended,
                                      const AttentionAdapter::Around& around) const {
   const auto dtype = attended.scalar_type();

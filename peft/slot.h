@@ -224,6 +224,8 @@ class AttentionSlotImpl : public Slot {
 
   /// Keys and values of the active adapters, one after the other; undefined when there are none.
   KeyValues prefix() const;
+  /// How far they move the positions of the tokens.
+  int64_t position_shift() const;
   /// Adds to the attention's result what the active adapters put beside it.
   at::Tensor beside(at::Tensor attended, const AttentionAdapter::Around& around) const;
   bool has_active() const { return !running_as<AttentionAdapter>().empty(); }

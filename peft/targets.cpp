@@ -208,8 +208,8 @@ class Matcher {
       if (!hit) continue;
       if (m.kind == ModuleKind::other)
         refuse(
-            fmt::format("target_modules selects {}, which is neither a Linear, a Conv1D nor an "
-                        "Embedding; name the layers inside it",
+            fmt::format("target_modules selects {}, which is neither a Linear, a Conv1D, a "
+                        "convolution nor an Embedding; name the layers inside it",
                         io::in_quotes(m.path)));
       report_.matched.push_back(m.path);
     }

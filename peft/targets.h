@@ -12,7 +12,7 @@
 /// for. Paths are relative to the base model: "model.layers.0.self_attn.q_proj".
 namespace budwood {
 
-enum class ModuleKind { linear, conv1d, embedding, other };
+enum class ModuleKind { linear, conv1d, embedding, convolution, other };
 
 /// A module of the model. All named modules are given, containers too: they decide whether a short
 /// name is unambiguous.

@@ -44,6 +44,10 @@ Prefix::Prefix(std::shared_ptr<const PrefixTuningConfig> config,
   s.b2 = register_parameter("b2", s.b2);
 }
 
+bool Prefix::moves_positions() const {
+  return static_cast<const PrefixTuningConfig&>(*config()).positions == "after";
+}
+
 AdapterState Prefix::shared_state() const {
   if (index_ > 0) return {};
   const auto& s = *shared_;
@@ -120,7 +124,8 @@ std::vector<Grafted> make(const std::shared_ptr<const AdapterConfig>& config,
   };
   shared->table = at::zeros({t, wide}, at::kFloat);
   if (shared->projected) {
-    const int64_t e = shared->width, m = own->encoder_hidden_size.value_or(e);
+    const int64_t e = own->encoder_input_size.value_or(shared->width);
+    const int64_t m = own->encoder_hidden_size.value_or(e);
     shared->embedding = at::empty({t, e}, at::kFloat).normal_(0.0, 1.0, generator);
     shared->w1 = uniform({m, e}, e);
     shared->b1 = uniform({m}, e);

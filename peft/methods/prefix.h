@@ -31,6 +31,7 @@ class Prefix final : public AttentionAdapter {
          int64_t index, int64_t kv_heads, int64_t head_dim);
 
   KeyValues prefix() const override { return shared_->of(index_, kv_heads_, head_dim_); }
+  bool moves_positions() const override;
   bool starts_as_identity() const override { return false; }
   AdapterState state() const override { return {}; }
   AdapterState shared_state() const override;

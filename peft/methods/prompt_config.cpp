@@ -24,6 +24,12 @@ ConfigField own_text(std::string name, std::string& member, const std::string& u
   return field;
 }
 
+ConfigField own_number(std::string name, std::optional<int64_t>& member) {
+  auto field = bind_field(std::move(name), member);
+  field.is_usual = [&member] { return !member; };
+  return field;
+}
+
 ConfigField ids_field(std::string name, std::vector<int64_t>& ids) {
   return {std::move(name),
           [&](const Json& value) -> const char* {
@@ -100,13 +106,17 @@ void PrefixTuningConfig::validate(Strictness strictness) const {
   VirtualTokensConfig::validate(strictness);
   if (encoder_hidden_size) require_at_least(*this, "encoder_hidden_size", *encoder_hidden_size, 1);
   if (init_weights) require_one_of(*this, "init_weights", *init_weights, {"zero"});
+  if (encoder_input_size) require_at_least(*this, "encoder_input_size", *encoder_input_size, 1);
+  require_one_of(*this, "positions", positions, {"after", "own"});
 }
 
 std::vector<ConfigField> PrefixTuningConfig::fields() {
   auto all = VirtualTokensConfig::fields();
   add(all, {bind_field("prefix_projection", prefix_projection),
             bind_field("encoder_hidden_size", encoder_hidden_size),
-            bind_field("init_weights", init_weights)});
+            bind_field("init_weights", init_weights),
+            own_number("encoder_input_size", encoder_input_size),
+            own_text("positions", positions, "after")});
   return all;
 }
 

@@ -60,6 +60,10 @@ struct PrefixTuningConfig : VirtualTokensConfig {
   bool prefix_projection = false;  ///< an MLP makes the table while it is trained
   std::optional<int64_t> encoder_hidden_size;
   std::optional<std::string> init_weights;  ///< nothing = N(0, 1), "zero"
+  /// Width of what the MLP reads; nothing = that of a layer's keys. Not HF PEFT's.
+  std::optional<int64_t> encoder_input_size;
+  /// Positions of the tokens: "after" the prefix, or "own", as they are without it (AdapterHub).
+  std::string positions = "after";
 
   void validate(Strictness strictness = Strictness::strict) const override;
   std::shared_ptr<AdapterConfig> clone() const override {

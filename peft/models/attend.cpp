@@ -15,6 +15,13 @@ int64_t prefix_tokens(const AttentionSlot& adapters) {
   return prefix.k.defined() ? prefix.k.size(0) : 0;
 }
 
+at::Tensor token_positions(const AttentionSlot& adapters, const TokenBatch& batch,
+                           bool from_start) {
+  const int64_t moved = adapters->position_shift();
+  const int64_t shift = from_start ? moved : moved - prefix_tokens(adapters);
+  return shift == 0 ? batch.positions : batch.positions + shift;
+}
+
 at::Tensor attend(const AttentionPart& part, const AttentionSlot& adapters, const at::Tensor& q,
                   at::Tensor k, at::Tensor v, const TokenBatch& batch, KvCache* cache,
                   const std::function<KeyValues(const at::Tensor&)>& project) {

@@ -27,5 +27,8 @@ at::Tensor attend(const AttentionPart& part, const AttentionSlot& adapters, cons
 
 /// Keys that adapters put before those of each sequence.
 int64_t prefix_tokens(const AttentionSlot& adapters);
+/// Positions of a batch's tokens in view of these. In a batch that continues a cache they count
+/// from the cache's length, which includes such keys.
+at::Tensor token_positions(const AttentionSlot& adapters, const TokenBatch& batch, bool from_start);
 
 }  // namespace budwood::models

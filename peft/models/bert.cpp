@@ -151,10 +151,6 @@ at::Tensor BertLayerImpl::forward(const at::Tensor& x, const TokenBatch& batch) 
   return output_adapters_->forward(forward_together(act, {dense_})[0], h, norm_of(norm_), layout);
 }
 
-int64_t BertLayerImpl::prefix_tokens() const {
-  return models::prefix_tokens(adapters_);
-}
-
 Bert::Bert(BertConfig given, WeightSource& source, int64_t num_labels, uint64_t seed)
     : config_(std::move(given)), dtype_(source.dtype()) {
   const auto& c = config_;
@@ -203,8 +199,7 @@ std::pair<TokenBatch, at::Tensor> Bert::run(const TokenBatch& given) {
   TokenBatch batch = given;
   if (batch.virtual_rows.empty() && input_->virtual_tokens() > 0)
     batch = with_virtual_tokens(input_, given, {}).first;
-  const int64_t prefixed = layers_.at(0)->prefix_tokens();
-  const auto positions = prefixed > 0 ? batch.positions + prefixed : batch.positions;
+  const auto positions = token_positions(layers_.at(0)->adapters(), batch, /*from_start=*/true);
   if (positions.numel() > 0 && positions.max().item<int64_t>() >= config_.max_position_embeddings)
     throw Error("hidden", fmt::format("position {} is outside the {} positions of the model",
                                       positions.max().item<int64_t>(),

@@ -31,7 +31,7 @@ class BertLayerImpl : public torch::nn::Module {
   BertLayerImpl(const BertConfig& config, int64_t layer, const std::string& path,
                 WeightSource& source);
   at::Tensor forward(const at::Tensor& x, const TokenBatch& batch);
-  int64_t prefix_tokens() const;
+  const AttentionSlot& adapters() const { return adapters_; }
 
  private:
   at::Tensor attention(const at::Tensor& x, const TokenBatch& batch);

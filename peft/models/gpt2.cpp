@@ -51,10 +51,6 @@ at::Tensor Gpt2AttentionImpl::forward(const ops::Source& x, const TokenBatch& ba
   return y + added.reshape({tokens, heads_ * head_dim_});
 }
 
-int64_t Gpt2AttentionImpl::prefix_tokens() const {
-  return models::prefix_tokens(adapters_);
-}
-
 Gpt2MlpImpl::Gpt2MlpImpl(const ModelConfig& c, const std::string& path, WeightSource& source)
     : activation_(c.activation) {
   const int64_t d = c.hidden_size, ff = c.intermediate_size;
@@ -115,8 +111,9 @@ at::Tensor Gpt2ForCausalLM::hidden(const TokenBatch& given, KvCache* cache) {
     throw Error("hidden", "sequences that share a cache have one length");
   const bool from_start = !cache || cache->length() == 0;
   const auto batch = from_start ? with_virtual_tokens(given).first : given;
-  const int64_t prefixed = from_start ? layers_.at(0)->prefix_tokens() : 0;
-  const auto positions = prefixed > 0 ? batch.positions + prefixed : batch.positions;
+  const auto& adapters = layers_.at(0)->adapters();
+  const int64_t prefixed = from_start ? prefix_tokens(adapters) : 0;
+  const auto positions = token_positions(adapters, batch, from_start);
   if (positions.numel() > 0 && positions.max().item<int64_t>() >= config().max_position_embeddings)
     throw Error("hidden", fmt::format("position {} is outside the {} positions of the model",
                                       positions.max().item<int64_t>(),

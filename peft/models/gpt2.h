@@ -12,7 +12,7 @@ class Gpt2AttentionImpl : public torch::nn::Module {
                     WeightSource& source);
   /// x [tokens, hidden] -> [tokens, hidden].
   at::Tensor forward(const ops::Source& x, const TokenBatch& batch, KvCache* cache);
-  int64_t prefix_tokens() const;
+  const AttentionSlot& adapters() const { return adapters_; }
 
  private:
   int64_t layer_, heads_, head_dim_;
@@ -37,7 +37,7 @@ class Gpt2BlockImpl : public torch::nn::Module {
   Gpt2BlockImpl(const ModelConfig& config, int64_t layer, const std::string& path,
                 WeightSource& source);
   at::Tensor forward(const at::Tensor& x, const TokenBatch& batch, KvCache* cache);
-  int64_t prefix_tokens() const { return attn_->prefix_tokens(); }
+  const AttentionSlot& adapters() const { return attn_->adapters(); }
 
  private:
   LayerNorm ln_1_{nullptr}, ln_2_{nullptr};

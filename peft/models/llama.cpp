@@ -108,10 +108,6 @@ at::Tensor LlamaAttentionImpl::forward(const ops::Source& x, const TokenBatch& b
                           {o_proj_})[0];
 }
 
-int64_t LlamaAttentionImpl::prefix_tokens() const {
-  return models::prefix_tokens(adapters_);
-}
-
 std::vector<InputGroup> LlamaAttentionImpl::input_groups(const std::string& path,
                                                          const RotaryTable& rotary,
                                                          const RmsNorm& before) {
@@ -231,9 +227,9 @@ at::Tensor LlamaForCausalLM::hidden(const TokenBatch& given, KvCache* cache) {
     throw Error("hidden", "sequences that share a cache have one length");
   const bool from_start = !cache || cache->length() == 0;
   const auto batch = from_start ? with_virtual_tokens(given).first : given;
-  // A prefix stands before the first position; a cache that is continued counts it already.
-  const int64_t prefixed = from_start ? layers_.at(0)->prefix_tokens() : 0;
-  const auto angles = rotary_.at(prefixed > 0 ? batch.positions + prefixed : batch.positions);
+  const auto& adapters = layers_.at(0)->adapters();
+  const int64_t prefixed = from_start ? prefix_tokens(adapters) : 0;
+  const auto angles = rotary_.at(token_positions(adapters, batch, from_start));
   auto x = embed(batch);
   const auto elsewhere = checkpointing() > 0 ? read_elsewhere(*this) : std::vector<at::Tensor>{};
   for (size_t i = 0; i < layers_.size(); ++i) {

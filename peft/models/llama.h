@@ -32,7 +32,7 @@ class LlamaAttentionImpl : public torch::nn::Module {
   at::Tensor forward(const ops::Source& x, const TokenBatch& batch,
                      const RotaryTable::Angles& angles, KvCache* cache);
   /// Keys that adapters put before those of each sequence.
-  int64_t prefix_tokens() const;
+  const AttentionSlot& adapters() const { return adapters_; }
   /// Those who read x, and the output projection.
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary,
                                        const RmsNorm& before);
@@ -67,7 +67,7 @@ class LlamaBlockImpl : public torch::nn::Module {
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary);
   /// Bytes a token keeps for the backward, when activations have that many bytes an element.
   int64_t kept_per_token(int64_t element) const;
-  int64_t prefix_tokens() const { return self_attn_->prefix_tokens(); }
+  const AttentionSlot& adapters() const { return self_attn_->adapters(); }
 
  private:
   RmsNorm input_layernorm_{nullptr}, post_attention_layernorm_{nullptr};

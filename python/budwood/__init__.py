@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from . import optim
     from .auto import AutoPeftModelForCausalLM
     from .config import (
         AdaLoraConfig,
@@ -137,6 +138,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "memory_pool",
+    "optim",
     "optimize",
     "prepare_model_for_kbit_training",
     "quantize_linear",
@@ -158,6 +160,9 @@ def __getattr__(name: str) -> object:
         return importlib.import_module("._build_info", __name__).VERSION
     if name == "_C":
         return _load()
+    if name == "optim":
+        _load()
+        return importlib.import_module(".optim", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _load()

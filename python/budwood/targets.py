@@ -10,7 +10,7 @@ from torch import nn
 from . import _C
 from .config import PeftConfig
 from .saved_modules import SavedModule
-from .slots import EmbeddingSlot, LinearSlot, Slot
+from .slots import EmbeddingSlot, LoraSlot, Slot
 from .weights import is_conv1d, is_linear
 
 
@@ -63,12 +63,14 @@ def match_targets(config: PeftConfig, model: nn.Module, strict: bool) -> Match:
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, (LinearSlot, EmbeddingSlot)):
+    if isinstance(module, (LoraSlot, EmbeddingSlot)):
         module = module.base_layer
     elif isinstance(module, SavedModule):
         module = module.original_module
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution"
     if not is_linear(module):
         return "other"
     return "conv1d" if is_conv1d(module) else "linear"

@@ -35,7 +35,9 @@ def python_model(family):
 
 def cpp_model(family):
     load = _C.load_bert if family == "bert" else _C.load_model
-    return load(str(DATA / family / "base")).eval()
+    model = load(str(DATA / family / "base"))
+    model.eval()
+    return model
 
 
 def cpp_logits(model, family, ids):

@@ -13,8 +13,9 @@ from budwood import optim
 
 
 def model_of(family="llama", method="lora"):
+    base = tiny(family)
     torch.manual_seed(4)
-    return budwood.get_peft_model(tiny(family), peft_config(method, family))
+    return budwood.get_peft_model(base, peft_config(method, family))
 
 
 def train(model, optimizer, rows, steps=4):

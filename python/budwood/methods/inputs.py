@@ -50,11 +50,9 @@ class ForwardHook:
         return (), kwargs
 
     def _prefix(self) -> int:
-        for place in self.attention:
-            if place.runs():
-                k, _ = place.slot.prefix()
-                return 0 if k is None else k.shape[0]
-        return 0
+        """How far prefixes move the positions of the tokens."""
+        running = (place for place in self.attention if place.runs())
+        return max((place.slot.position_shift() for place in running), default=0)
 
     def _shift_positions(self, kwargs: dict[str, Any], past: int, prefix: int) -> None:
         if "position_ids" not in self.names:
