@@ -1,6 +1,7 @@
 # make demo   fine-tune a real model on real text (installs what is missing, builds, runs)
 # make test   build everything and run every test
 # make cuda-check   the same with CUDA kernels and a torch that has CUDA (5 GB; needs nvcc, no GPU)
+# make matrix   every method on every model, form of base and side, as a table
 # make lint | bench | clean
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -31,10 +32,10 @@ endif
 sources := $(shell find quant peft bindings tools cmake python tests/cpp -type f \
   -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml VERSION
 
-.PHONY: help demo test cuda-check lint bench clean build system check-consumer
+.PHONY: help demo test matrix cuda-check lint bench clean build system check-consumer
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 system:
 	@missing=; for p in $(apt_packages); do \
@@ -82,6 +83,10 @@ test: build
 	PYTHON=$(CURDIR)/$(py) BUILD=$(CURDIR)/$(BUILD) tests/examples.sh
 	$(call say,Python tests)
 	$(py) -m pytest tests/python
+
+matrix: build
+	$(call say,Test matrix)
+	$(py) tests/matrix.py
 
 # Another torch, with CUDA, in an environment of its own. Device code runs only where there is a GPU.
 $(CUDA_VENV)/.ready: requirements-dev.txt requirements-data.txt | system

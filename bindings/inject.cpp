@@ -88,7 +88,7 @@ void bind_for(py::module_& m) {
       "use_adapters",
       [](Model& model, const std::vector<int64_t>& cu_seqlens,
          const std::vector<std::string>& names) {
-        return UseAdapters(model, budwood::row_groups(cu_seqlens, names));
+        return std::make_unique<UseAdapters>(model, budwood::row_groups(cu_seqlens, names));
       },
       py::arg("model"), py::arg("cu_seqlens"), py::arg("names"), py::keep_alive<0, 1>(),
       "A context in which sequence s uses the adapter names[s]; \"\" is the bare base.");

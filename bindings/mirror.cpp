@@ -161,6 +161,7 @@ void bind_slots(py::module_& m) {
 
   py::class_<InputSlotImpl, Slot, std::shared_ptr<InputSlotImpl>>(m, "InputSlot")
       .def("virtual_tokens", &InputSlotImpl::virtual_tokens)
+      .def("among_embeddings", &InputSlotImpl::among_embeddings)
       .def(
           "insert",
           [](const InputSlotImpl& slot, const py::dict& layout) -> py::tuple {

@@ -90,6 +90,7 @@ std::shared_ptr<AdapterConfig> prompt_config(const Json& given) {
   if (combine != "prefix" && combine != "prefix_after_bos")
     throw Error("adapterhub_config", fmt::format("combine '{}' is not known", combine));
   config->placement = combine == "prefix" ? "front" : "after_bos";
+  config->among = "embeddings";
   config->validate(Strictness::lenient);
   return config;
 }
@@ -328,7 +329,7 @@ void save_adapterhub(torch::nn::Module& model, const std::string& folder,
       for (const auto& [key, tensor] : adapter_tensors(model, name))
         if (key == "prompt_embeddings")
           tensors.emplace_back(start + "control_trans", tensor.flatten());
-    const int64_t width = prefix.encoder_hidden_size.value_or(512);
+    const int64_t width = projected ? *prefix.encoder_hidden_size : 512;
     options = {{"architecture", "prefix_tuning"},
                {"bottleneck_size", width},
                {"cross_prefix", true},
@@ -343,6 +344,9 @@ void save_adapterhub(torch::nn::Module& model, const std::string& folder,
                {"use_gating", false}};
   } else if (type == "PROMPT_TUNING") {
     const auto& prompt = static_cast<const PromptTuningConfig&>(*config);
+    if (prompt.among != "embeddings")
+      throw Error("save_adapterhub", "AdapterHub has virtual tokens among='embeddings' only, and "
+                                     "these go among words");
     if (prompt.placement != "front" && prompt.placement != "after_bos")
       throw Error("save_adapterhub", fmt::format("AdapterHub has no placement '{}'; it has front and "
                                                  "after_bos",

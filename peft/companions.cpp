@@ -23,7 +23,8 @@ bool share_weight(const quant::Weight& a, const quant::Weight& b) {
 }
 
 void add_copies(std::vector<Grafted>& made, const std::shared_ptr<const AdapterConfig>& config,
-                const std::vector<Place>& places, const std::vector<std::string>& modules) {
+                const std::vector<Place>& places, const std::vector<std::string>& modules,
+                Strictness strictness, std::vector<std::string>& warnings) {
   if (!config->modules_to_save) return;
   for (const auto& name : *config->modules_to_save) {
     bool slot = false;
@@ -46,8 +47,9 @@ void add_copies(std::vector<Grafted>& made, const std::shared_ptr<const AdapterC
       throw Error("inject", fmt::format("modules_to_save names '{}', which is neither a projection "
                                         "nor a token table: such a module is not copied in C++",
                                         name));
-    throw Error("inject",
-                fmt::format("modules_to_save entry '{}' matches no module of the model", name));
+    auto fault = fmt::format("modules_to_save entry '{}' matches no module of the model", name);
+    if (strictness == Strictness::strict) throw Error("inject", fault);
+    warnings.push_back(std::move(fault));
   }
 }
 
@@ -89,9 +91,10 @@ void add_tokens(std::vector<Grafted>& made, const std::shared_ptr<const AdapterC
 
 std::vector<Grafted> make_companions(const std::shared_ptr<const AdapterConfig>& config,
                                      const std::vector<Place>& places,
-                                     const std::vector<std::string>& modules) {
+                                     const std::vector<std::string>& modules,
+                                     Strictness strictness, std::vector<std::string>& warnings) {
   std::vector<Grafted> made;
-  add_copies(made, config, places, modules);
+  add_copies(made, config, places, modules, strictness, warnings);
   add_tokens(made, config, places);
   std::set<size_t> taken;
   for (const auto& [place, adapter] : made)

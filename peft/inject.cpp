@@ -137,13 +137,14 @@ Place place_of(const NamedSlot& named, uint64_t seed) {
 }
 
 void add_companions(std::vector<Grafted>& made, const std::shared_ptr<const AdapterConfig>& config,
-                    const std::vector<Place>& places, torch::nn::Module& model) {
+                    const std::vector<Place>& places, torch::nn::Module& model,
+                    Strictness strictness, std::vector<std::string>& warnings) {
   std::vector<std::string> modules;
   for (const auto& item : model.named_modules("", /*include_self=*/false))
     modules.push_back(item.key());
   std::set<size_t> taken;
   for (const auto& grafted : made) taken.insert(grafted.place);
-  for (auto& grafted : make_companions(config, places, modules)) {
+  for (auto& grafted : make_companions(config, places, modules, strictness, warnings)) {
     if (!taken.insert(grafted.place).second)
       throw Error("inject", fmt::format("'{}' is adapted by {} and cannot be trained whole or by "
                                         "rows along with that",
@@ -212,7 +213,7 @@ InjectReport inject_matched(torch::nn::Module& model, std::shared_ptr<const Adap
     throw Error("inject",
                 fmt::format("{} found no place in this model to attach to", config->peft_type));
   for (auto& grafted : made) grafted.place = index[grafted.place];
-  add_companions(made, config, places, model);
+  add_companions(made, config, places, model, strictness, report.warnings);
   for (const auto& [index, adapter] : made) {
     const auto& place = places[index];
     int64_t parameters = 0;

@@ -16,6 +16,8 @@ class InputAdapter : public Adapter {
   virtual at::Tensor tokens() const = 0;
   /// Where they go.
   virtual const Placement& placement() const = 0;
+  /// Whether they go among an encoder's embeddings, with positions and norm, and not among words.
+  virtual bool among_embeddings() const { return false; }
 };
 
 }  // namespace budwood

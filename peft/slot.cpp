@@ -121,6 +121,17 @@ int64_t InputSlotImpl::virtual_tokens() const {
   return count;
 }
 
+bool InputSlotImpl::among_embeddings() const {
+  int64_t count = 0, all = 0;
+  for (const auto* adapter : running_as<InputAdapter>()) {
+    count += adapter->among_embeddings();
+    ++all;
+  }
+  if (count != 0 && count != all)
+    throw Error("forward", "some virtual tokens go among words and some among embeddings");
+  return count > 0;
+}
+
 std::optional<Inserted> InputSlotImpl::insert(const Sequences& sequences) const {
   std::vector<const Placement*> placements;
   for (const auto* adapter : running_as<InputAdapter>()) placements.push_back(&adapter->placement());

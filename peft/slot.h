@@ -194,6 +194,9 @@ class InputSlotImpl : public Slot {
   int64_t vocabulary() const { return vocabulary_; }
   /// How many virtual tokens the active adapters put into each sequence.
   int64_t virtual_tokens() const;
+  /// Whether they go among an encoder's embeddings; see InputAdapter. Throws when the adapters
+  /// differ in that.
+  bool among_embeddings() const;
   /// Their places among the tokens; nothing without virtual tokens.
   std::optional<Inserted> insert(const Sequences& sequences) const;
   /// Embedded rows [rows, hidden] -> the same with virtual token v where rows[i] is -1 - v.

@@ -94,6 +94,10 @@ PromptTuning::PromptTuning(std::shared_ptr<const PromptTuningConfig> config, int
   start(start_values, Placement::parse(config->placement, t));
 }
 
+bool PromptTuning::among_embeddings() const {
+  return static_cast<const PromptTuningConfig&>(*config()).among == "embeddings";
+}
+
 PromptEncoder::PromptEncoder(std::shared_ptr<const PromptEncoderConfig> config, int64_t hidden,
                              uint64_t seed)
     : VirtualTokens(config), width_(config->encoder_hidden_size.value_or(hidden)) {

@@ -42,6 +42,7 @@ class PromptTuning final : public VirtualTokens {
   /// `table` is the model's token table, for starts that are made of real tokens.
   PromptTuning(std::shared_ptr<const PromptTuningConfig> config, int64_t hidden,
                const quant::Weight* table, uint64_t seed);
+  bool among_embeddings() const override;
 };
 
 /// An MLP Linear-ReLU-Linear-ReLU-Linear, or a bidirectional LSTM with Linear-ReLU-Linear.

@@ -69,6 +69,7 @@ void PromptTuningConfig::validate(Strictness strictness) const {
   VirtualTokensConfig::validate(strictness);
   require_one_of(*this, "prompt_tuning_init", prompt_tuning_init,
                  {"RANDOM", "TEXT", "SAMPLE_VOCAB"});
+  require_one_of(*this, "among", among, {"words", "embeddings"});
   Placement::parse(placement, *num_virtual_tokens);
 }
 
@@ -78,7 +79,8 @@ std::vector<ConfigField> PromptTuningConfig::fields() {
             bind_field("prompt_tuning_init_text", prompt_tuning_init_text),
             bind_field("tokenizer_name_or_path", tokenizer_name_or_path),
             bind_field("tokenizer_kwargs", tokenizer_kwargs),
-            ids_field("init_token_ids", init_token_ids), own_text("placement", placement, "front")});
+            ids_field("init_token_ids", init_token_ids), own_text("placement", placement, "front"),
+            own_text("among", among, "words")});
   return all;
 }
 

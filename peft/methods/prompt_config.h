@@ -28,6 +28,9 @@ struct PromptTuningConfig : VirtualTokensConfig {
   /// num_virtual_tokens. With TEXT, either these or (in Python) the text.
   std::vector<int64_t> init_token_ids;
   std::string placement = "front";  ///< see placement.h; not HF PEFT's
+  /// In an encoder: the tokens go among "words", and positions are counted with them, or among
+  /// "embeddings", words with positions and after their norm (AdapterHub).
+  std::string among = "words";
 
   void validate(Strictness strictness = Strictness::strict) const override;
   std::shared_ptr<AdapterConfig> clone() const override {

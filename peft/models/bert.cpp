@@ -196,30 +196,34 @@ Bert::Bert(BertConfig given, WeightSource& source, int64_t num_labels, uint64_t 
 }
 
 std::pair<TokenBatch, at::Tensor> Bert::run(const TokenBatch& given) {
-  TokenBatch batch = given;
-  if (batch.virtual_rows.empty() && input_->virtual_tokens() > 0)
-    batch = with_virtual_tokens(input_, given, {}).first;
+  const bool late = input_->among_embeddings();
+  const auto full = with_virtual_tokens(input_, given, {}).first;
+  const auto& batch = late ? given : full;
   const auto positions = token_positions(layers_.at(0)->adapters(), batch, /*from_start=*/true);
   if (positions.numel() > 0 && positions.max().item<int64_t>() >= config_.max_position_embeddings)
     throw Error("hidden", fmt::format("position {} is outside the {} positions of the model",
                                       positions.max().item<int64_t>(),
                                       config_.max_position_embeddings));
   auto words = words_(batch.ids, dtype_);
-  if (!batch.virtual_rows.empty()) words = input_->forward(words, batch.virtual_rows);
+  if (!late && !full.virtual_rows.empty()) words = input_->forward(words, full.virtual_rows);
   auto x = norm_(words + types_(at::zeros_like(batch.ids), dtype_) + positions_(positions, dtype_));
+  if (late) {
+    const auto from = at::tensor(full.virtual_rows, at::kLong).clamp_min(0).to(x.device());
+    x = input_->forward(x.index_select(0, from), full.virtual_rows);
+  }
   std::vector<at::Tensor> elsewhere;
   if (checkpoint_every_ > 0) elsewhere = read_elsewhere(*this);
   for (size_t i = 0; i < layers_.size(); ++i) {
     auto& layer = layers_[i];
     if (checkpoint_every_ == 0 || static_cast<int64_t>(i) % checkpoint_every_ != 0) {
-      x = layer(x, batch);
+      x = layer(x, full);
       continue;
     }
     x = ops::recompute(
-        [=](const at::Tensor& in) { return layer.ptr()->forward(in, batch); }, x,
+        [=](const at::Tensor& in) { return layer.ptr()->forward(in, full); }, x,
         together(trained_parameters(*layer), elsewhere));
   }
-  return {std::move(batch), x};
+  return {full, x};
 }
 
 at::Tensor Bert::hidden(const TokenBatch& batch) {

@@ -118,6 +118,8 @@ at::Tensor Gpt2ForCausalLM::hidden(const TokenBatch& given, KvCache* cache) {
     throw Error("hidden", fmt::format("position {} is outside the {} positions of the model",
                                       positions.max().item<int64_t>(),
                                       config().max_position_embeddings));
+  if (input()->among_embeddings())
+    throw Error("hidden", "virtual tokens among='embeddings' are for encoders");
   auto x = wte_(batch.ids, dtype_);
   if (!batch.virtual_rows.empty()) x = input()->forward(x, batch.virtual_rows);
   x = x + wpe_(positions, dtype_);

@@ -79,7 +79,12 @@ def test_a_folder_loads_in_python_and_goes_back(family, method, tmp_path):
 
 def assert_same_folder(ours, theirs):
     found = {k.replace(".default.", ".NAME."): t for k, t in stored(ours).items()}
-    wanted = {k.replace(".shoot.", ".NAME."): t for k, t in stored(theirs).items()}
+    # The library writes the tables of a prefix once more below each layer.
+    wanted = {
+        k.replace(".shoot.", ".NAME."): t
+        for k, t in stored(theirs).items()
+        if ".prefix_tuning.pool." not in k
+    }
     assert found.keys() == wanted.keys()
     for key, tensor in wanted.items():
         assert torch.equal(found[key].reshape(tensor.shape), tensor), key

@@ -84,18 +84,18 @@ class ForwardHook:
             mask = torch.ones_like(ids)
         labels = kwargs.get("labels")
         index = self._index(ids, mask, labels, count)
-        embedded = self.model.get_input_embeddings()(ids)
+        late = place.slot.among_embeddings()
+        embedded = None if late else self.model.get_input_embeddings()(ids)
         width = index.shape[1]
         rows = torch.where(
             index >= 0, index + ids.shape[1] * torch.arange(len(ids), device=ids.device)[:, None],
             index,
         )
-        # place.slot.forward wants rows in the order of `embedded`: gather first, then put in.
-        flat = embedded.reshape(-1, embedded.shape[-1])
-        gathered = flat.index_select(0, rows.clamp_min(0).flatten())
-        full = place.slot.forward(gathered, rows.flatten().tolist())
-        kwargs["inputs_embeds"] = full.view(len(ids), width, -1)
-        kwargs["input_ids"] = None
+        if late:
+            self._put_later(rows)
+        else:
+            kwargs["inputs_embeds"] = self._with_tokens(embedded, rows)
+            kwargs["input_ids"] = None
         real = index >= 0
         source = index.clamp_min(0)
         full_mask = torch.where(real, mask.gather(1, source), torch.ones_like(source).to(mask))
@@ -104,13 +104,38 @@ class ForwardHook:
         if labels is not None and labels.shape == ids.shape:
             kwargs["labels"] = torch.where(real, labels.gather(1, source), -100)
         types = kwargs.get("token_type_ids")
-        if types is not None:
+        if types is not None and not late:
             kwargs["token_type_ids"] = torch.where(real, types.gather(1, source), 0)
         left_padded = bool((full_mask[:, 0] == 0).any())
-        if kwargs.get("position_ids") is not None or (
-            left_padded and "position_ids" in self.names
+        if not late and (
+            kwargs.get("position_ids") is not None
+            or (left_padded and "position_ids" in self.names)
         ):
             kwargs["position_ids"] = _positions(full_mask, len(ids), width, 0, ids.device)
+
+    def _with_tokens(self, embedded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of `embedded`, with virtual tokens where `rows` [batch, t + count] is negative."""
+        flat = embedded.reshape(-1, embedded.shape[-1])
+        gathered = flat.index_select(0, rows.clamp_min(0).flatten())
+        full = self.place.slot.forward(gathered, rows.flatten().tolist())
+        return full.view(*rows.shape, -1)
+
+    def _put_later(self, rows: torch.Tensor) -> None:
+        """Has the next result of the encoder's embeddings take the tokens in."""
+        paths = [path for path, _ in self.model.named_modules() if path.endswith("embeddings")]
+        module = self.model.get_submodule(min(paths, key=len)) if paths else None
+        table = self.model.get_input_embeddings()
+        if module is None or module is table or table not in list(module.modules()):
+            raise Error(
+                "[forward] virtual tokens among='embeddings' are for encoders, whose module "
+                "'embeddings' adds positions to words"
+            )
+
+        def put(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            return self._with_tokens(output, rows)
+
+        handle = module.register_forward_hook(put)
 
     def _index(
         self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None, count: int
