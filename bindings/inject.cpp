@@ -69,10 +69,10 @@ void bind_for(py::module_& m) {
       py::arg("model"), py::arg("name"));
   m.def(
       "set_active",
-      [](Model& model, const std::vector<std::string>& names) {
-        budwood::set_active(model, names);
+      [](Model& model, const std::vector<std::string>& names, const std::string& composition) {
+        budwood::set_active(model, names, budwood::composition_of(composition));
       },
-      py::arg("model"), py::arg("names"));
+      py::arg("model"), py::arg("names"), py::arg("composition") = "stack");
   m.def(
       "set_adapters_enabled",
       [](Model& model, bool on) { budwood::set_adapters_enabled(model, on); }, py::arg("model"),

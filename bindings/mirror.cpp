@@ -35,6 +35,7 @@ Sequences sequences_of(const py::dict& layout) {
   s.cu = layout["cu"].cast<std::vector<int64_t>>();
   s.prompt = layout["prompt"].cast<std::vector<int64_t>>();
   s.padding = layout["padding"].cast<std::vector<int64_t>>();
+  if (layout.contains("tokens")) s.tokens = layout["tokens"].cast<std::vector<int64_t>>();
   s.from_start = layout["from_start"].cast<bool>();
   return s;
 }
@@ -111,6 +112,10 @@ void bind_slots(py::module_& m) {
       .def("active", &Slot::active)
       .def("merged", &Slot::merged)
       .def("set_active", &Slot::set_active, py::arg("names"))
+      .def(
+          "set_composition",
+          [](Slot& slot, const std::string& name) { slot.set_composition(budwood::composition_of(name)); },
+          py::arg("composition"))
       .def("detach", &Slot::detach, py::arg("name"))
       .def("set_adapters_enabled", &Slot::set_adapters_enabled, py::arg("enabled"));
 

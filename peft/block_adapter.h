@@ -16,6 +16,8 @@ struct Sequences {
   std::vector<int64_t> prompt = {};
   /// Rows of padding before the first token of each sequence; empty = none.
   std::vector<int64_t> padding = {};
+  /// Tokens of each sequence behind that; empty = all its rows.
+  std::vector<int64_t> tokens = {};
   /// False while a cache continues sequences that were read before.
   bool from_start = true;
 };

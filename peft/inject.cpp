@@ -244,10 +244,14 @@ void detach(torch::nn::Module& model, const std::string& name) {
     if (slot->adapter(name)) slot->detach(name);
 }
 
-void set_active(torch::nn::Module& model, const std::vector<std::string>& names) {
+void set_active(torch::nn::Module& model, const std::vector<std::string>& names,
+                Composition composition) {
   for (const auto& name : names) require_known(model, name, "set_active");
   for (auto& p : model.parameters()) p.set_requires_grad(false);
-  for (const auto& [path, slot] : slots_of(model)) slot->set_active(names);
+  for (const auto& [path, slot] : slots_of(model)) {
+    slot->set_active(names);
+    slot->set_composition(composition);
+  }
   for (const auto& name : names) {
     for (const auto& adapter : adapters_of(model, name)) {
       for (auto& p : adapter->trained()) p.set_requires_grad(true);

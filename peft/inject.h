@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 
 #include <budwood/peft/config.h>
+#include <budwood/peft/slot.h>
 #include <memory>
 #include <string>
 #include <vector>
@@ -41,7 +42,8 @@ InjectReport inject(torch::nn::Module& model, std::shared_ptr<const AdapterConfi
 void detach(torch::nn::Module& model, const std::string& name);
 
 /// Makes exactly these adapters take part in forward, and only them trainable.
-void set_active(torch::nn::Module& model, const std::vector<std::string>& names);
+void set_active(torch::nn::Module& model, const std::vector<std::string>& names,
+                Composition composition = Composition::stack);
 
 /// Folds the adapters into the base weights; see LinearSlotImpl::merge. All slots or none.
 void merge(torch::nn::Module& model, const std::vector<std::string>& names = {"default"});

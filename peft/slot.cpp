@@ -24,6 +24,13 @@ const char* slot_kind_name(SlotKind kind) {
   return "?";
 }
 
+Composition composition_of(const std::string& name) {
+  if (name == "stack") return Composition::stack;
+  if (name == "parallel") return Composition::parallel;
+  throw Error("set_active",
+              fmt::format("composition is 'stack' or 'parallel', found '{}'", name));
+}
+
 std::vector<at::Tensor> Adapter::trained() const {
   return parameters();
 }
@@ -200,31 +207,39 @@ at::Tensor with_prefix(const at::Tensor& prefix, const at::Tensor& rows,
   return at::cat({prefix.to(rows.scalar_type()), rows}).index_select(0, index);
 }
 
-at::Tensor BlockSlotImpl::adapt(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,
-                                const Sequences& sequences) const {
+namespace {
+
+// `h` changed by adapters whose one does apply(adapter, input).
+at::Tensor composed(
+    const std::vector<const BlockAdapter*>& adapters, Composition composition, at::Tensor h,
+    const std::function<at::Tensor(const BlockAdapter&, const at::Tensor&)>& apply) {
   const auto dtype = h.scalar_type();
-  for (const auto* adapter : running_as<BlockAdapter>()) {
-    if (adapter->weight() == 1.0) {
-      h = adapter->forward(std::move(h), x, norm, sequences);
-    } else {
-      const auto before = h;
-      h = before + adapter->weight() * (adapter->forward(before, x, norm, sequences) - before);
-    }
+  const auto first = h;
+  for (const auto* adapter : adapters) {
+    const auto& input = composition == Composition::stack ? h : first;
+    const auto changed = apply(*adapter, input);
+    if (adapters.size() == 1 && adapter->weight() == 1.0) return changed.to(dtype);
+    const bool plain = composition == Composition::stack && adapter->weight() == 1.0;
+    h = plain ? changed : h + adapter->weight() * (changed - input);
   }
   return h.to(dtype);
 }
 
+}  // namespace
+
+at::Tensor BlockSlotImpl::adapt(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,
+                                const Sequences& sequences) const {
+  return composed(running_as<BlockAdapter>(), composition(), std::move(h),
+                  [&](const BlockAdapter& adapter, const at::Tensor& input) {
+                    return adapter.forward(input, x, norm, sequences);
+                  });
+}
+
 at::Tensor BlockSlotImpl::edit(at::Tensor stream, const Sequences& sequences) const {
-  const auto dtype = stream.scalar_type();
-  for (const auto* adapter : running_as<BlockAdapter>()) {
-    if (adapter->weight() == 1.0) {
-      stream = adapter->edit(std::move(stream), sequences);
-    } else {
-      const auto before = stream;
-      stream = before + adapter->weight() * (adapter->edit(before, sequences) - before);
-    }
-  }
-  return stream.to(dtype);
+  return composed(running_as<BlockAdapter>(), composition(), std::move(stream),
+                  [&](const BlockAdapter& adapter, const at::Tensor& input) {
+                    return adapter.edit(input, sequences);
+                  });
 }
 
 at::Tensor BlockSlotImpl::forward(at::Tensor h, const at::Tensor& x, const BlockAdapter::Norm& norm,

@@ -22,6 +22,13 @@
 /// a slot never asks what its weight is made of.
 namespace budwood {
 
+/// How several active adapters of blocks act on one sub-layer: each on what the one before it made
+/// of the output, or all on the output itself, their changes added up. What adapters of projections
+/// add is a sum either way.
+enum class Composition { stack, parallel };
+/// "stack" or "parallel"; throws Error for another name.
+Composition composition_of(const std::string& name);
+
 /// What all slots share: named adapters, of which some take part in forward.
 class Slot : public torch::nn::Module {
  public:
@@ -43,6 +50,7 @@ class Slot : public torch::nn::Module {
   /// Throws when one of several cannot be combined with others.
   void set_active(const std::vector<std::string>& names);
   const std::vector<std::string>& active() const { return active_; }
+  void set_composition(Composition composition) { composition_ = composition; }
   /// With false, forward is the bare base, bit for bit.
   void set_adapters_enabled(bool enabled) { enabled_ = enabled; }
   /// Which rows use which adapter, instead of the active ones; null = no such thing.
@@ -60,6 +68,7 @@ class Slot : public torch::nn::Module {
     return found;
   }
 
+  Composition composition() const { return composition_; }
   bool row_groups() const { return row_groups_ != nullptr; }
   /// Calls `compute` with the adapter (or null) and the rows of each group and puts the results
   /// [n, ...] where their rows were; nothing when no group has an adapter here. `rows` is how many
@@ -78,6 +87,7 @@ class Slot : public torch::nn::Module {
   std::vector<Entry> adapters_;
   std::vector<std::string> active_;
   std::shared_ptr<const RowGroups> row_groups_;
+  Composition composition_ = Composition::stack;
   bool enabled_ = true;
 };
 

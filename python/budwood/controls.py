@@ -39,10 +39,23 @@ class AdapterControls:
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes one adapter, or several whose effects add up, active and trainable."""
+    def set_adapter(
+        self,
+        adapter_name: str | list[str],
+        inference_mode: bool = False,
+        *,
+        composition: str = "stack",
+    ) -> None:
+        """Makes one adapter, or several, active and trainable.
+
+        What adapters of layers add is a sum. Several bottlenecks or edits of one block act each on
+        what the one before it made ("stack"), or all on the same with their changes added up
+        ("parallel").
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        switches.set_adapter(self.injected_model(), names, trainable=not inference_mode)
+        model = self.injected_model()
+        switches.set_composition(model, composition)
+        switches.set_adapter(model, names, trainable=not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Freezes or unfreezes adapters, active or not."""

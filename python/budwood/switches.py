@@ -77,6 +77,16 @@ def set_adapter(model: nn.Module, names: list[str], trainable: bool = True) -> N
         biases.set_active(model, biases.adapter in names, trainable)
 
 
+def set_composition(model: nn.Module, composition: str) -> None:
+    """How several active adapters of a block act: "stack" or "parallel"."""
+    if composition not in ("stack", "parallel"):
+        raise Error(f"[set_adapter] composition is 'stack' or 'parallel', found {composition!r}")
+    for _, slot in slots(model):
+        place = slot.__dict__.get("slot")
+        if place is not None:
+            place.set_composition(composition)
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that are active somewhere in a model."""
     active = {name for _, slot in slots(model) for name in slot.active_adapters}

@@ -97,6 +97,7 @@ def test_the_same_file_gives_the_same_numbers(method, family, tmp_path):
     # Its gradients: one step of plain descent on both sides, and the files agree.
     python.train()
     cpp.train()
+    _C.before_step(cpp, 0)  # the Python side counts forwards itself
     python_logits(python, family, rows).square().mean().backward()
     cpp_logits(cpp, family, rows).square().mean().backward()
     for model_parameters in (
@@ -137,7 +138,9 @@ def test_checkpointing_leaves_gradients_as_they_are(method, every, tmp_path):
         cpp_logits(cpp, "llama", rows).square().mean().backward()
         found.append([p.grad.clone() for _, p in parameters])
     for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
+        # What layers share is summed in another order.
+        same = torch.allclose(a, b, rtol=1e-5, atol=1e-9) if method == "compacter" else None
+        assert torch.equal(a, b) if same is None else same
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -201,8 +204,6 @@ def test_a_padded_row_is_the_row_alone(method, side):
     pad = [0, 0, 0]
     padded = [*pad, *row] if side == "left" else [*row, *pad]
     mask = [0] * 3 + [1] * 5 if side == "left" else [1] * 5 + [0] * 3
-    if method == "gated":  # averages over the places of a row, as AdapterHub does
-        return
     with torch.no_grad():
         alone = python(input_ids=torch.tensor([row])).logits[0]
         both = python(

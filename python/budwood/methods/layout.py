@@ -48,5 +48,6 @@ def layout_of(model: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
         "cu": [length * i for i in range(rows + 1)],
         "padding": forward.padding if fits else [],
         "prompt": forward.prompt if fits else [],
+        "tokens": forward.prompt if fits else [],
         "from_start": forward.past == 0,
     }
