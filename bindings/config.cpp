@@ -295,7 +295,14 @@ void bind_config(py::module_& m) {
   bind_method<budwood::BottleneckConfig>(
       m, "BottleneckConfig",
       "Bottleneck adapters with AdapterHub's options; the defaults are Pfeiffer's.")
-      .def_static("houlsby", &budwood::BottleneckConfig::houlsby,
+      .def_static("houlsby",
+                  [](const py::kwargs& options) {
+                    auto config = std::make_shared<budwood::BottleneckConfig>(
+                        budwood::BottleneckConfig::houlsby());
+                    budwood::set_fields(*config, to_json(options), Strictness::strict);
+                    config->validate();
+                    return config;
+                  },
                   "After attention and after the feed-forward part (arXiv 1902.00751).");
   bind_method<budwood::ParallelAdapterConfig>(
       m, "ParallelAdapterConfig", "Bottlenecks beside the sub-layers (arXiv 2110.04366).");

@@ -97,6 +97,7 @@ void bind_adapter(py::module_& m) {
           })
       .def("trained", &Adapter::trained, "The tensors among them that are trained.")
       .def("composes", &Adapter::composes)
+      .def("companion", &Adapter::companion)
       .def("state", &Adapter::state, "Tensors to save below the place's path.")
       .def("shared_state", &Adapter::shared_state)
       .def("private_state", &Adapter::private_state)

@@ -178,6 +178,8 @@ def _token_tables(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     tables = {}
     for path, module in model.named_modules():
         held = isinstance(module, (LinearSlot, EmbeddingSlot)) and name in module.adapter_names()
+        if held and name in module.adapters and module.adapters[name].impl.companion():
+            held = False  # single rows are in the file, not the table
         if held and _is_low_rank(model, name):
             last = path.split(".")[-1]
             if last in EMBEDDING_NAMES:

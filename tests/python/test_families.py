@@ -67,7 +67,7 @@ REFUSED = {
     ("prefix", "t5"): "PREFIX_TUNING",
     ("prompt", "vit"): "PROMPT_TUNING",
     ("ia3", "vit"): "target_modules",
-    ("ia3", "phi3"): None,
+    ("ia3", "phi3"): "target_modules",
 }
 CASES = [(m, f) for m in METHODS for f in FAMILIES]
 
@@ -96,7 +96,7 @@ def test_a_method_on_a_family(method, family, tmp_path):
     base, rows = model_of(family), inputs(family)
     with torch.no_grad():
         bare = base(**rows).logits
-    if REFUSED.get(method, family):
+    if (method, family) in REFUSED:
         with pytest.raises(budwood.Error, match=REFUSED[method, family]):
             budwood.get_peft_model(base, METHODS[method]())
         with torch.no_grad():
@@ -130,7 +130,7 @@ def test_a_method_on_a_family(method, family, tmp_path):
 def check_slope(model, rows, parameters, loss):
     """The gradient against a central difference along it."""
     norm = sum(float(p.grad.double().square().sum()) for p in parameters) ** 0.5
-    h, values = 1e-2, []
+    h, values = 1e-3, []
     with torch.no_grad():
         for step in (h, -2 * h):
             for p in parameters:
@@ -139,7 +139,8 @@ def check_slope(model, rows, parameters, loss):
         for p in parameters:
             p.add_(p.grad, alpha=h / norm)
     found = (values[0] - values[1]) / (2 * h)
-    assert found == pytest.approx(norm, rel=2e-2, abs=1e-5 * abs(loss) / h)
+    rounding = 4 * torch.finfo(torch.float32).eps * abs(loss) / h
+    assert found == pytest.approx(norm, rel=1e-2, abs=rounding)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma2", "phi3", "opt"])

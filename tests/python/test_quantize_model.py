@@ -373,6 +373,7 @@ for format, double in (("nf4", False), ("nf4", True), ("int4", False), ("int8", 
     if kind != "ddp":
         codes = model[0].base_layer.weight
         assert codes.to_local().shape[0] == 64, codes.to_local().shape
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -6,6 +6,7 @@ adapter's keys and values before those of the call and adds what attends beside 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -67,11 +68,13 @@ def use_adapted_attention(model: nn.Module) -> None:
                 f"[adapters] prefixes are not available with attn_implementation={own!r}: load the "
                 "model with 'sdpa'"
             )
-        base = "sdpa" if own == "eager" else own
-        name = base + _SUFFIX
+        name = own + _SUFFIX
         if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-            ALL_ATTENTION_FUNCTIONS.register(name, _adapted(ALL_ATTENTION_FUNCTIONS[base]))
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
+            eager = own == "eager"
+            attend = _eager if eager else ALL_ATTENTION_FUNCTIONS[own]
+            ALL_ATTENTION_FUNCTIONS.register(name, _adapted(attend))
+            mask = ALL_MASK_ATTENTION_FUNCTIONS["eager"] if eager else sdpa_mask
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
         config._budwood_attention = own
         config._attn_implementation_internal = name
 
@@ -87,6 +90,17 @@ def restore_attention(model: nn.Module) -> None:
 def _configs(model: nn.Module) -> list[Any]:
     found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return [c for c in found.values() if hasattr(c, "_attn_implementation")]
+
+
+def _eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+           mask: torch.Tensor | None, **kwargs: Any) -> Any:
+    """The implementation that each model file has for itself; its masks are what it adds."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(
+            ~mask, torch.finfo(query.dtype).min
+        )
+    attend = sys.modules[type(module).__module__].eager_attention_forward
+    return attend(module, query, key, value, mask, **kwargs)
 
 
 def _adapted(attend: Any) -> Any:

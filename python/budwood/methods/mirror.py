@@ -113,7 +113,7 @@ class Mirror:
     def _add_blocks(self, family: Family) -> None:
         path, blocks = family.find_blocks(self.model)
         text = getattr(self.config, "text_config", None) or self.config
-        hidden = _first(text, "hidden_size", "n_embd", "d_model")
+        hidden = _first(text, "hidden_size", "n_embd", "d_model") or _width(blocks, family)
         heads = _first(text, "num_attention_heads", "n_head", "num_heads")
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         for layer, block in enumerate(blocks):
@@ -171,6 +171,19 @@ def mirror_of(model: nn.Module, make: bool = True) -> Mirror | None:
     if mirror is None and make:
         mirror = model.__dict__[_KEY] = Mirror(model)
     return mirror
+
+
+def _width(blocks: nn.ModuleList, family: Family) -> int:
+    """The width of the residual stream, from the norms that read it, for a model without a config."""
+    for block in blocks:
+        for site in family.sites:
+            weight = getattr(block.get_submodule(site.norm or site.stream), "weight", None)
+            if weight is not None and weight.dim() == 1:
+                return len(weight)
+    raise Error(
+        "[inject] the model's config has no hidden_size, and its blocks no norm that would tell: "
+        "set model.config.hidden_size"
+    )
 
 
 def _first(config: Any, *names: str) -> int:
