@@ -174,7 +174,7 @@ def mirror_of(model: nn.Module, make: bool = True) -> Mirror | None:
 
 
 def _width(blocks: nn.ModuleList, family: Family) -> int:
-    """The width of the residual stream, from the norms that read it, for a model without a config."""
+    """The width of the residual stream, from the norms that read it."""
     for block in blocks:
         for site in family.sites:
             weight = getattr(block.get_submodule(site.norm or site.stream), "weight", None)

@@ -147,9 +147,10 @@ TEST_CASE("values that mean nothing are named") {
   CHECK(says(with([](auto& c) { c.target_modules = "*"; }), "'*'"));
   CHECK(says(with([](auto& c) { c.layers_pattern = "h"; }), "needs layers_to_transform"));
   CHECK(says(with([](auto& c) { c.target_modules = "a", c.layers_to_transform = 1; }), "a text"));
-  CHECK(says(with([](auto& c) { c.use_dora = true; }), "use_dora is true; this is not available"));
+  CHECK(says(with([](auto& c) { c.use_qalora = true; }),
+             "use_qalora is true; this is not available"));
   CHECK(
-      says(with([](auto& c) { c.init_lora_weights = "pissa"; }), "init_lora_weights is \"pissa\""));
+      says(with([](auto& c) { c.init_lora_weights = "loftq"; }), "init_lora_weights is \"loftq\""));
   CHECK(says(with([](auto& c) { c.lora_bias = c.use_dora = true; }), "lora_bias cannot be used"));
 }
 
