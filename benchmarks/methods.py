@@ -37,9 +37,17 @@ METHODS = {
     "olora": ("LoraConfig", {**LORA, "init_lora_weights": "olora"}, 1e-4, {}),
     "adalora": (
         "AdaLoraConfig",
-        {"init_r": 16, "target_r": 8, "lora_alpha": 32, "target_modules": "all-linear",
-         "tinit": 10, "tfinal": 20, "total_step": None},
-        2e-3, {},
+        {
+            "init_r": 16,
+            "target_r": 8,
+            "lora_alpha": 32,
+            "target_modules": "all-linear",
+            "tinit": 10,
+            "tfinal": 20,
+            "total_step": None,
+        },
+        2e-3,
+        {},
     ),
     "dylora": ("DyLoraConfig", LORA, 1e-3, {}),
     "vera": ("VeraConfig", {"r": 256, "target_modules": ["q_proj", "o_proj"]}, 1e-2, {}),
@@ -52,7 +60,8 @@ METHODS = {
     "prefix-mlp": (
         "PrefixTuningConfig",
         {"num_virtual_tokens": 20, "prefix_projection": True, "encoder_hidden_size": 256},
-        1e-3, {},
+        1e-3,
+        {},
     ),
     "llama-adapter": ("AdaptionPromptConfig", {"adapter_len": 10, "adapter_layers": 28}, 9e-3, {}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 20}, 1e-2, {}),
@@ -109,9 +118,17 @@ def worker(name: str, files: dict[str, str], steps: int) -> None:
             make = getattr(make, part)
         report = _C.inject(model, make(**arguments), "default", 0)
         options = _C.TrainOptions.from_dict(
-            {"steps": steps, "batch_size": ROWS, "sequence_length": WINDOW, "packing": "none",
-             "learning_rate": rate, "warmup_steps": max(1, steps // 15), "schedule": "cosine",
-             "seed": 0, **extra}
+            {
+                "steps": steps,
+                "batch_size": ROWS,
+                "sequence_length": WINDOW,
+                "packing": "none",
+                "learning_rate": rate,
+                "warmup_steps": max(1, steps // 15),
+                "schedule": "cosine",
+                "seed": 0,
+                **extra,
+            }
         )
         trainer = _C.Trainer(model, _C.TokenFile.open(files["train"]), None, options)
         begin = time.perf_counter()
@@ -127,8 +144,16 @@ def worker(name: str, files: dict[str, str], steps: int) -> None:
 
 def measure(name: str, files: dict[str, str], steps: int) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, __file__, "--worker", name, "--files", json.dumps(files), "--steps",
-         str(steps)],
+        [
+            sys.executable,
+            __file__,
+            "--worker",
+            name,
+            "--files",
+            json.dumps(files),
+            "--steps",
+            str(steps),
+        ],
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -126,11 +126,16 @@ def plot(known: dict) -> None:
     if not cases:
         return
     names = [
-        "peft", "peft-optimize", "budwood-python", "budwood-optimize", "budwood-cpp",
+        "peft",
+        "peft-optimize",
+        "budwood-python",
+        "budwood-optimize",
+        "budwood-cpp",
         "budwood-cpp-checkpointed",
     ]
-    colours = dict(zip(names, ("#999999", "#c9a227", "#9ecae1", "#4292c6", "#1b7837", "#a6dba0"),
-                       strict=True))
+    colours = dict(
+        zip(names, ("#999999", "#c9a227", "#9ecae1", "#4292c6", "#1b7837", "#a6dba0"), strict=True)
+    )
     figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.62 * len(cases)), sharey=True)
     for axis, key, label in (
         (axes[0], "seconds", "milliseconds per token"),
@@ -143,14 +148,22 @@ def plot(known: dict) -> None:
                 value = case["rows"][name][key]
                 value = 1000 * value / tokens if key == "seconds" else value
                 height = 0.8 / len(there)
-                axis.barh(row - 0.4 + height * (i + 0.5), value, height * 0.9,
-                          color=colours[name], label=name)
+                axis.barh(
+                    row - 0.4 + height * (i + 0.5),
+                    value,
+                    height * 0.9,
+                    color=colours[name],
+                    label=name,
+                )
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(cases)), [t for t, _ in cases])
     axes[0].invert_yaxis()
-    handles = {label: handle for axis in axes for handle, label in
-               zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.6 / (1.5 + 0.62 * len(cases)), 1, 1))
     figure.savefig(DOCS / "benchmarks.png", dpi=110)

@@ -189,8 +189,9 @@ auto bind_method(py::module_& m, const char* name, const char* doc) {
   py::class_<T, AdapterConfig, std::shared_ptr<T>> type(m, name, doc);
   T example;
   add_options(type, example.fields(), example.AdapterConfig::fields());
-  type.def_static("defaults", [] { return std::make_shared<T>(); },
-                  "The configuration with its default values, whether they are enough or not.");
+  type.def_static(
+      "defaults", [] { return std::make_shared<T>(); },
+      "The configuration with its default values, whether they are enough or not.");
   type.def(py::init([](const py::kwargs& options) {
     auto config = std::make_shared<T>();
     budwood::set_fields(*config, to_json(options), Strictness::strict);
@@ -295,15 +296,16 @@ void bind_config(py::module_& m) {
   bind_method<budwood::BottleneckConfig>(
       m, "BottleneckConfig",
       "Bottleneck adapters with AdapterHub's options; the defaults are Pfeiffer's.")
-      .def_static("houlsby",
-                  [](const py::kwargs& options) {
-                    auto config = std::make_shared<budwood::BottleneckConfig>(
-                        budwood::BottleneckConfig::houlsby());
-                    budwood::set_fields(*config, to_json(options), Strictness::strict);
-                    config->validate();
-                    return config;
-                  },
-                  "After attention and after the feed-forward part (arXiv 1902.00751).");
+      .def_static(
+          "houlsby",
+          [](const py::kwargs& options) {
+            auto config =
+                std::make_shared<budwood::BottleneckConfig>(budwood::BottleneckConfig::houlsby());
+            budwood::set_fields(*config, to_json(options), Strictness::strict);
+            config->validate();
+            return config;
+          },
+          "After attention and after the feed-forward part (arXiv 1902.00751).");
   bind_method<budwood::ParallelAdapterConfig>(
       m, "ParallelAdapterConfig", "Bottlenecks beside the sub-layers (arXiv 2110.04366).");
   bind_method<budwood::CompacterConfig>(

@@ -119,9 +119,8 @@ void bind_for(py::module_& m) {
   m.def(
       "set_adapter_tensors",
       [](Model& model, const std::vector<std::pair<std::string, at::Tensor>>& tensors,
-         const std::string& source, const std::string& name) {
-        budwood::set_adapter_tensors(model, tensors, source, name);
-      },
+         const std::string& source,
+         const std::string& name) { budwood::set_adapter_tensors(model, tensors, source, name); },
       py::arg("model"), py::arg("tensors"), py::arg("source"), py::arg("name") = "default");
   m.def(
       "save_adapter",

@@ -88,13 +88,12 @@ void bind_adapter(py::module_& m) {
             return all;
           },
           "Its tensors by name; those of a shared table at the first place only.")
-      .def(
-          "named_buffers",
-          [](Adapter& a) {
-            std::vector<std::pair<std::string, at::Tensor>> all;
-            for (const auto& item : a.named_buffers()) all.emplace_back(item.key(), item.value());
-            return all;
-          })
+      .def("named_buffers",
+           [](Adapter& a) {
+             std::vector<std::pair<std::string, at::Tensor>> all;
+             for (const auto& item : a.named_buffers()) all.emplace_back(item.key(), item.value());
+             return all;
+           })
       .def("trained", &Adapter::trained, "The tensors among them that are trained.")
       .def("composes", &Adapter::composes)
       .def("companion", &Adapter::companion)
@@ -102,7 +101,8 @@ void bind_adapter(py::module_& m) {
       .def("shared_state", &Adapter::shared_state)
       .def("private_state", &Adapter::private_state)
       .def("loaded", &Adapter::loaded, py::arg("found"))
-      .def("train", [](Adapter& a, bool on) { a.train(on); }, py::arg("mode") = true);
+      .def(
+          "train", [](Adapter& a, bool on) { a.train(on); }, py::arg("mode") = true);
 }
 
 void bind_slots(py::module_& m) {
@@ -115,7 +115,9 @@ void bind_slots(py::module_& m) {
       .def("set_active", &Slot::set_active, py::arg("names"))
       .def(
           "set_composition",
-          [](Slot& slot, const std::string& name) { slot.set_composition(budwood::composition_of(name)); },
+          [](Slot& slot, const std::string& name) {
+            slot.set_composition(budwood::composition_of(name));
+          },
           py::arg("composition"))
       .def("detach", &Slot::detach, py::arg("name"))
       .def("set_adapters_enabled", &Slot::set_adapters_enabled, py::arg("enabled"));
@@ -147,7 +149,8 @@ void bind_slots(py::module_& m) {
             return fold_rows(rows, begin, merged_terms(slot, first, names));
           },
           py::arg("rows"), py::arg("begin"), py::arg("first"), py::arg("names"),
-          "Rows of the base in fp64 with the terms `first` and those of the named adapters in them.")
+          "Rows of the base in fp64 with the terms `first` and those of the named adapters in "
+          "them.")
       .def(
           "fold_bias",
           [](const LinearSlotImpl& slot, const py::list& first,
@@ -175,8 +178,9 @@ void bind_slots(py::module_& m) {
             if (!inserted) return py::make_tuple(py::none(), py::none());
             return py::make_tuple(inserted->rows, inserted->cu);
           },
-          py::arg("layout"), "(rows, cu) of the sequences with virtual tokens: a row's own number, "
-                             "or -1 - v.")
+          py::arg("layout"),
+          "(rows, cu) of the sequences with virtual tokens: a row's own number, "
+          "or -1 - v.")
       .def("forward", &InputSlotImpl::forward, py::arg("embedded"), py::arg("rows"),
            py::call_guard<py::gil_scoped_release>());
 
@@ -239,16 +243,16 @@ void bind_mirror(py::module_& m) {
   bind_adapter(m);
   bind_slots(m);
   py::class_<Mirror, std::shared_ptr<Mirror>>(
-      m, "Mirror", "The slots of a Python model; inject() and the rest take it as they take a model.")
-      .def(py::init<std::string, std::string>(), py::arg("model_type"),
-           py::arg("output_embedding"))
+      m, "Mirror",
+      "The slots of a Python model; inject() and the rest take it as they take a model.")
+      .def(py::init<std::string, std::string>(), py::arg("model_type"), py::arg("output_embedding"))
       .def(
           "add_linear",
-          [](Mirror& mirror, const std::string& path, std::vector<at::Tensor> parts,
-             int64_t format, int64_t out, int64_t in, const std::optional<at::Tensor>& bias) {
-            return put<LinearSlotImpl>(
-                mirror, path, quant::Weight::from_parts(std::move(parts), format, out, in),
-                bias.value_or(at::Tensor()));
+          [](Mirror& mirror, const std::string& path, std::vector<at::Tensor> parts, int64_t format,
+             int64_t out, int64_t in, const std::optional<at::Tensor>& bias) {
+            return put<LinearSlotImpl>(mirror, path,
+                                       quant::Weight::from_parts(std::move(parts), format, out, in),
+                                       bias.value_or(at::Tensor()));
           },
           py::arg("path"), py::arg("parts"), py::arg("format"), py::arg("out"), py::arg("in_"),
           py::arg("bias"))
@@ -281,5 +285,6 @@ void bind_mirror(py::module_& m) {
            [](Mirror& mirror, const std::string& path) {
              mirror.add(path, std::make_shared<torch::nn::Module>());
            })
-      .def("train", [](Mirror& mirror, bool on) { mirror.train(on); }, py::arg("mode") = true);
+      .def(
+          "train", [](Mirror& mirror, bool on) { mirror.train(on); }, py::arg("mode") = true);
 }

@@ -134,8 +134,8 @@ void bind_models(py::module_& m) {
       .def("sentence_embedding", &Bert::sentence_embedding, py::arg("batch"),
            py::arg("normalize") = true, py::call_guard<py::gil_scoped_release>(),
            "Means of the last hidden states over each sequence [sequences, hidden].")
-      .def("classify", &Bert::classify, py::arg("batch"),
-           py::call_guard<py::gil_scoped_release>(), "Logits [sequences, labels].")
+      .def("classify", &Bert::classify, py::arg("batch"), py::call_guard<py::gil_scoped_release>(),
+           "Logits [sequences, labels].")
       .def("loss", &Bert::loss, py::arg("batch"), py::arg("labels"),
            py::call_guard<py::gil_scoped_release>())
       .def("set_checkpointing", &Bert::set_checkpointing, py::arg("every"))
@@ -152,8 +152,7 @@ void bind_models(py::module_& m) {
       "load_bert",
       [](const std::string& folder, const std::string& dtype, const std::string& quantize,
          int64_t block_size, int64_t num_labels, uint64_t seed) {
-        return load_bert(folder,
-                         {.dtype = dtype, .quantize = quantize, .block_size = block_size},
+        return load_bert(folder, {.dtype = dtype, .quantize = quantize, .block_size = block_size},
                          num_labels, seed);
       },
       py::arg("folder"), py::arg("dtype") = "auto", py::arg("quantize") = "",

@@ -35,8 +35,8 @@ class Adapter : public torch::nn::Module {
 
   /// Tensors to save below this place's path, in file order. Writing into them changes the adapter.
   virtual AdapterState state() const = 0;
-  /// Tensors that the places of an adapter share, by the key they have in the file. Names that begin
-  /// with "budwood." are skipped by other readers, and may be missing in a file.
+  /// Tensors that the places of an adapter share, by the key they have in the file. Names that
+  /// begin with "budwood." are skipped by other readers, and may be missing in a file.
   virtual AdapterState shared_state() const { return {}; }
   /// What only Budwood needs to go on training, below this place's path; may be missing in a file.
   virtual AdapterState private_state() const { return {}; }

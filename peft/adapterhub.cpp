@@ -47,8 +47,8 @@ std::shared_ptr<AdapterConfig> bottleneck_config(const Json& given) {
       options[key] = value;
     } else if (key != "init_weights_seed" && key != "inv_adapter_reduction_factor" &&
                value != usual->second) {
-      throw Error("adapterhub_config", fmt::format("{} is {}; this is not available", key,
-                                                   shown(value)));
+      throw Error("adapterhub_config",
+                  fmt::format("{} is {}; this is not available", key, shown(value)));
     }
   }
   set_fields(*config, options, Strictness::lenient);
@@ -60,7 +60,8 @@ int64_t integer_of(const Json& given, const char* key, int64_t usual) {
   const auto it = given.find(key);
   if (it == given.end() || it->is_null()) return usual;
   if (!it->is_number_integer())
-    throw Error("adapterhub_config", fmt::format("{} is {}; it must be an integer", key, shown(*it)));
+    throw Error("adapterhub_config",
+                fmt::format("{} is {}; it must be an integer", key, shown(*it)));
   return it->get<int64_t>();
 }
 
@@ -77,8 +78,9 @@ std::shared_ptr<AdapterConfig> prefix_config(const Json& given, const Json& whol
     throw Error("adapterhub_config", "use_gating of a prefix is not available");
   const auto activation = given.value("non_linearity", std::string("tanh"));
   if (config->prefix_projection && activation != "tanh")
-    throw Error("adapterhub_config",
-                fmt::format("non_linearity '{}' of a prefix is not available; tanh is", activation));
+    throw Error(
+        "adapterhub_config",
+        fmt::format("non_linearity '{}' of a prefix is not available; tanh is", activation));
   config->validate(Strictness::lenient);
   return config;
 }
@@ -125,8 +127,8 @@ std::string own_key(const std::string& key, const std::string& hub, const Adapte
                     const std::set<std::string>& locations, const std::string& base) {
   const auto refuse = [&] { return "unknown:" + key; };
   if (config.peft_type == "PREFIX_TUNING") {
-    const auto start = base + (base.empty() ? "" : ".") + "prefix_tuning.prefix_tunings." + hub +
-                       ".self_prefix.";
+    const auto start =
+        base + (base.empty() ? "" : ".") + "prefix_tuning.prefix_tunings." + hub + ".self_prefix.";
     const auto at = key.find("prefix_tunings." + hub + ".self_prefix.");
     if (at == std::string::npos) return refuse();
     if (!key.starts_with(start)) return "";  // the same table again under a layer
@@ -138,9 +140,8 @@ std::string own_key(const std::string& key, const std::string& hub, const Adapte
     return refuse();
   }
   if (config.peft_type == "PROMPT_TUNING")
-    return key.ends_with("prompt_tunings." + hub + ".prompt_embedding.weight")
-               ? "prompt_embeddings"
-               : refuse();
+    return key.ends_with("prompt_tunings." + hub + ".prompt_embedding.weight") ? "prompt_embeddings"
+                                                                               : refuse();
   const auto shared = "shared_parameters." + hub + ".";
   if (const auto at = key.find(shared); at != std::string::npos)
     return kPrefix + "shared_parameters." + key.substr(at + shared.size());
@@ -181,7 +182,8 @@ NamedTensors read_weights(const fs::path& folder) {
     for (const auto& info : file.tensors()) tensors.emplace_back(info.name, as_tensor(info));
     return tensors;
   }
-  if (fs::exists(folder / "pytorch_adapter.bin")) return read_pickle(folder / "pytorch_adapter.bin");
+  if (fs::exists(folder / "pytorch_adapter.bin"))
+    return read_pickle(folder / "pytorch_adapter.bin");
   throw Error("load_adapterhub", fmt::format("{} has neither adapter.safetensors nor "
                                              "pytorch_adapter.bin",
                                              folder.string()));
@@ -229,8 +231,7 @@ std::shared_ptr<AdapterConfig> adapterhub_config(const std::string& text) {
                           architecture));
 }
 
-void read_adapterhub(torch::nn::Module& model, const std::string& folder,
-                     const std::string& name) {
+void read_adapterhub(torch::nn::Module& model, const std::string& folder, const std::string& name) {
   const auto object = read_config(folder);
   const auto config = adapter_config(model, name);
   const auto weights = read_weights(folder);
@@ -278,8 +279,7 @@ InjectReport load_adapterhub(torch::nn::Module& model, const std::string& folder
   return report;
 }
 
-void save_adapterhub(torch::nn::Module& model, const std::string& folder,
-                     const std::string& name) {
+void save_adapterhub(torch::nn::Module& model, const std::string& folder, const std::string& name) {
   const auto config = adapter_config(model, name);
   const auto places = block_places(model);
   std::map<std::string, std::string> location_of;
@@ -303,16 +303,17 @@ void save_adapterhub(torch::nn::Module& model, const std::string& folder,
           const auto rest = path.substr(own.size() + 1);
           tensors.emplace_back(where + ".adapters." + name + "." + rest, tensor);
           if (rest.starts_with("adapter_norm_before."))
-            tensors.emplace_back(
-                where + ".adapters." + name + ".adapter_down.0." + rest.substr(20), tensor.clone());
+            tensors.emplace_back(where + ".adapters." + name + ".adapter_down.0." + rest.substr(20),
+                                 tensor.clone());
         }
     }
   } else if (type == "PREFIX_TUNING") {
     const auto& prefix = static_cast<const PrefixTuningConfig&>(*config);
     if (prefix.positions != "own")
-      throw Error("save_adapterhub",
-                  "the tokens' positions start after this prefix, and AdapterHub has no such option: "
-                  "make it with positions='own'");
+      throw Error(
+          "save_adapterhub",
+          "the tokens' positions start after this prefix, and AdapterHub has no such option: "
+          "make it with positions='own'");
     const bool fits = prefix.prefix_projection && prefix.encoder_input_size == hidden_of(model);
     bool projected = false;
     const auto start = below + "prefix_tuning.prefix_tunings." + name + ".self_prefix.";
@@ -345,12 +346,14 @@ void save_adapterhub(torch::nn::Module& model, const std::string& folder,
   } else if (type == "PROMPT_TUNING") {
     const auto& prompt = static_cast<const PromptTuningConfig&>(*config);
     if (prompt.among != "embeddings")
-      throw Error("save_adapterhub", "AdapterHub has virtual tokens among='embeddings' only, and "
-                                     "these go among words");
+      throw Error("save_adapterhub",
+                  "AdapterHub has virtual tokens among='embeddings' only, and "
+                  "these go among words");
     if (prompt.placement != "front" && prompt.placement != "after_bos")
-      throw Error("save_adapterhub", fmt::format("AdapterHub has no placement '{}'; it has front and "
-                                                 "after_bos",
-                                                 prompt.placement));
+      throw Error("save_adapterhub",
+                  fmt::format("AdapterHub has no placement '{}'; it has front and "
+                              "after_bos",
+                              prompt.placement));
     for (const auto& [key, tensor] : adapter_tensors(model, name))
       if (key == "prompt_embeddings")
         tensors.emplace_back(

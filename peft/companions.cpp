@@ -91,8 +91,8 @@ void add_tokens(std::vector<Grafted>& made, const std::shared_ptr<const AdapterC
 
 std::vector<Grafted> make_companions(const std::shared_ptr<const AdapterConfig>& config,
                                      const std::vector<Place>& places,
-                                     const std::vector<std::string>& modules,
-                                     Strictness strictness, std::vector<std::string>& warnings) {
+                                     const std::vector<std::string>& modules, Strictness strictness,
+                                     std::vector<std::string>& warnings) {
   std::vector<Grafted> made;
   add_copies(made, config, places, modules, strictness, warnings);
   add_tokens(made, config, places);

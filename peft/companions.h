@@ -10,15 +10,15 @@
 namespace budwood {
 
 /// Companions for the places of a model that a configuration asks for. `modules` are the paths of
-/// all its modules. Throws Error for a name that matches no module (of a saved configuration that is
-/// one more of `warnings`), or one that has no slot.
+/// all its modules. Throws Error for a name that matches no module (of a saved configuration that
+/// is one more of `warnings`), or one that has no slot.
 std::vector<Grafted> make_companions(const std::shared_ptr<const AdapterConfig>& config,
                                      const std::vector<Place>& places,
-                                     const std::vector<std::string>& modules,
-                                     Strictness strictness, std::vector<std::string>& warnings);
+                                     const std::vector<std::string>& modules, Strictness strictness,
+                                     std::vector<std::string>& warnings);
 
-/// A projection with a weight and a bias of its own instead of the base's: fp32 copies [out, in] and
-/// [out] of what the base is.
+/// A projection with a weight and a bias of its own instead of the base's: fp32 copies [out, in]
+/// and [out] of what the base is.
 class CopiedLinear final : public LinearAdapter {
  public:
   CopiedLinear(std::shared_ptr<const AdapterConfig> config, const LinearBase& base);

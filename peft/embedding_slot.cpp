@@ -39,14 +39,13 @@ at::Tensor EmbeddingSlotImpl::forward(const at::Tensor& ids, at::ScalarType dtyp
 
 at::Tensor EmbeddingSlotImpl::adapt(const at::Tensor& ids, at::Tensor rows) const {
   const auto dtype = rows.scalar_type();
-  const auto grouped =
-      by_groups(ids.size(0), [&](const Adapter* adapter, const at::Tensor& own) {
-        const auto table_rows = rows.index_select(0, own);
-        if (!adapter) return table_rows;
-        return static_cast<const EmbeddingAdapter*>(adapter)
-            ->forward(ids.index_select(0, own), table_rows)
-            .to(dtype);
-      });
+  const auto grouped = by_groups(ids.size(0), [&](const Adapter* adapter, const at::Tensor& own) {
+    const auto table_rows = rows.index_select(0, own);
+    if (!adapter) return table_rows;
+    return static_cast<const EmbeddingAdapter*>(adapter)
+        ->forward(ids.index_select(0, own), table_rows)
+        .to(dtype);
+  });
   if (grouped) return *grouped;
   for (const auto* adapter : running_as<EmbeddingAdapter>()) rows = adapter->forward(ids, rows);
   return rows.to(dtype);

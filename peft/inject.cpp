@@ -270,9 +270,10 @@ void merge(torch::nn::Module& model, const std::vector<std::string>& names) {
     if (slot->kind() == SlotKind::linear || slot->kind() == SlotKind::embedding) continue;
     for (const auto& name : names)
       if (const auto adapter = slot->adapter(name))
-        throw Error("merge", fmt::format("'{}' is {} and cannot be merged: what it does at {} is no "
-                                         "change of a weight",
-                                         name, adapter->config()->peft_type, path));
+        throw Error("merge",
+                    fmt::format("'{}' is {} and cannot be merged: what it does at {} is no "
+                                "change of a weight",
+                                name, adapter->config()->peft_type, path));
   }
   for (const auto& [path, slot] : slots) {
     try {
@@ -344,8 +345,8 @@ std::string InjectReport::summary() const {
   std::vector<std::string> order;
   for (const auto& place : places) {
     const auto leaf = place.path.substr(place.path.rfind('.') + 1);
-    const auto key = fmt::format("{} {} {} {} {}", leaf, place.out, place.in, place.rank,
-                                 place.parameters);
+    const auto key =
+        fmt::format("{} {} {} {} {}", leaf, place.out, place.in, place.rank, place.parameters);
     const auto [it, fresh] = groups.try_emplace(key, place, 0);
     if (fresh) {
       it->second.first.path = leaf;

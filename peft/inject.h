@@ -75,8 +75,8 @@ void after_step(torch::nn::Module& model, int64_t step);
 /// Trainable parameters by path, in a fixed order, each once; what an optimiser takes.
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(torch::nn::Module& model);
 
-/// The tensors of an adapter by the key they have in its file, and its configuration as it is saved.
-/// Writing into a tensor that is a parameter changes the adapter.
+/// The tensors of an adapter by the key they have in its file, and its configuration as it is
+/// saved. Writing into a tensor that is a parameter changes the adapter.
 std::vector<std::pair<std::string, at::Tensor>> adapter_tensors(torch::nn::Module& model,
                                                                 const std::string& name);
 std::shared_ptr<AdapterConfig> adapter_config(torch::nn::Module& model, const std::string& name);

@@ -78,7 +78,8 @@ struct ConfigField {
 
 template <class T>
 ConfigField bind_field(std::string name, T& member) {
-  return {std::move(name), [&member](const Json& value) { return read_value(value, member); },
+  return {std::move(name),
+          [&member](const Json& value) { return read_value(value, member); },
           [&member] { return write_value(member); },
           {}};
 }

@@ -36,8 +36,8 @@ at::Tensor apply_terms(const LinearBase& base, const std::vector<LinearTerm>& te
                        const at::Tensor& x) {
   if (!terms.empty() && terms[0].own_weight.defined()) {
     const auto& own = terms[0];
-    const auto y = at::linear(x.to(own.own_weight.scalar_type()), own.own_weight,
-                              if_defined(own.own_bias));
+    const auto y =
+        at::linear(x.to(own.own_weight.scalar_type()), own.own_weight, if_defined(own.own_bias));
     return y.to(x.scalar_type());
   }
   at::Tensor read = x;

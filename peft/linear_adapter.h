@@ -30,11 +30,11 @@ struct LinearTerm {
   at::Tensor a = {};  ///< A [r, in]
   at::Tensor b = {};  ///< B [out, r]
   double scaling = 1.0;
-  double dropout = 0.0;   ///< probability of D, inverted dropout while training
+  double dropout = 0.0;        ///< probability of D, inverted dropout while training
   at::Tensor inner_bias = {};  ///< b_B [out], scaled as B is
-  at::Tensor gain = {};   ///< [out]
+  at::Tensor gain = {};        ///< [out]
   bool gain_spares_bias = false;
-  at::Tensor input_gain = {};  ///< [in]
+  at::Tensor input_gain = {};                 ///< [in]
   at::Tensor own_weight = {}, own_bias = {};  ///< [out, in], [out]
 };
 

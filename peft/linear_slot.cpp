@@ -46,14 +46,13 @@ std::optional<at::Tensor> LinearSlotImpl::by_groups(const at::Tensor& x) const {
   return by_groups(x.size(0), [&](const Adapter* adapter, const at::Tensor& rows) {
     std::vector<LinearTerm> own;
     if (adapter)
-      own.push_back(weighted(static_cast<const LinearAdapter*>(adapter)->term(base_),
-                             adapter->weight()));
+      own.push_back(
+          weighted(static_cast<const LinearAdapter*>(adapter)->term(base_), adapter->weight()));
     return apply_terms(base_, own, x.index_select(0, rows));
   });
 }
 
-at::Tensor LinearSlotImpl::forward_with(const at::Tensor& x,
-                                        std::vector<LinearTerm> first) const {
+at::Tensor LinearSlotImpl::forward_with(const at::Tensor& x, std::vector<LinearTerm> first) const {
   for (auto& term : terms()) first.push_back(std::move(term));
   return apply_terms(base_, first, x);
 }

@@ -31,9 +31,9 @@ const Method& method_of(const std::string& peft_type) {
 
 void require_kind(const Place& place, SlotKind kind, const std::string& peft_type) {
   if (place.kind == kind) return;
-  throw Error("inject", fmt::format("{} attaches to {} slots, and '{}' is one of kind {}",
-                                    peft_type, slot_kind_name(kind), place.path,
-                                    slot_kind_name(place.kind)));
+  throw Error("inject",
+              fmt::format("{} attaches to {} slots, and '{}' is one of kind {}", peft_type,
+                          slot_kind_name(kind), place.path, slot_kind_name(place.kind)));
 }
 
 void refuse_config(const std::string& peft_type) {

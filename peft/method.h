@@ -17,10 +17,10 @@ namespace budwood {
 struct Place {
   std::string path;
   SlotKind kind = SlotKind::linear;
-  uint64_t seed = 0;   ///< of the place's own stream of random numbers
-  int64_t layer = -1;  ///< attention, block
-  LinearBase base = {};  ///< linear; of an embedding the table
-  int64_t hidden = 0;  ///< input, attention, block
+  uint64_t seed = 0;                              ///< of the place's own stream of random numbers
+  int64_t layer = -1;                             ///< attention, block
+  LinearBase base = {};                           ///< linear; of an embedding the table
+  int64_t hidden = 0;                             ///< input, attention, block
   int64_t heads = 0, kv_heads = 0, head_dim = 0;  ///< attention
   std::string part = {};                          ///< block: "attention" or "feed_forward"
 };

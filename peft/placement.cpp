@@ -17,9 +17,10 @@ int64_t number(const std::string& text, const std::string& whole) {
   int64_t value = -1;
   const auto [end, fault] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (fault != std::errc() || end != text.data() + text.size() || value < 0)
-    refuse(fmt::format("'{}' has '{}' where a number of 0 or more is wanted, as in \"front\", "
-                       "\"after_bos\", \"end\", \"7\" or \"front:4,7:2,end:8\"",
-                       whole, text));
+    refuse(
+        fmt::format("'{}' has '{}' where a number of 0 or more is wanted, as in \"front\", "
+                    "\"after_bos\", \"end\", \"7\" or \"front:4,7:2,end:8\"",
+                    whole, text));
   return value;
 }
 
@@ -39,8 +40,7 @@ Placement Placement::parse(const std::string& text, int64_t tokens) {
   for (std::string part; std::getline(parts, part, ',');) {
     const auto colon = part.find(':');
     const auto at = place_of(part.substr(0, colon), text);
-    const auto count =
-        colon == std::string::npos ? tokens : number(part.substr(colon + 1), text);
+    const auto count = colon == std::string::npos ? tokens : number(part.substr(colon + 1), text);
     placement.groups.push_back({at, count});
     sum += count;
   }
@@ -56,8 +56,7 @@ bool Placement::only_front() const {
 }
 
 Inserted insert_virtual_tokens(const std::vector<const Placement*>& placements,
-                               const std::vector<int64_t>& cu,
-                               const std::vector<int64_t>& prompt) {
+                               const std::vector<int64_t>& cu, const std::vector<int64_t>& prompt) {
   Inserted result;
   result.cu.push_back(0);
   struct Put {

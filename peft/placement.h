@@ -38,7 +38,6 @@ struct Inserted {
 /// [cu[s], cu[s + 1]). `prompt` as in Sequences. Groups at one place keep their order. Throws Error
 /// for a place outside a sequence, naming sequence, place and length.
 Inserted insert_virtual_tokens(const std::vector<const Placement*>& placements,
-                               const std::vector<int64_t>& cu,
-                               const std::vector<int64_t>& prompt);
+                               const std::vector<int64_t>& cu, const std::vector<int64_t>& prompt);
 
 }  // namespace budwood

@@ -17,8 +17,8 @@ struct RowGroup {
 };
 using RowGroups = std::vector<RowGroup>;
 
-/// names[s] is the adapter of sequence s, whose rows are [cu[s], cu[s + 1]). Throws Error when there
-/// are not as many names as sequences.
+/// names[s] is the adapter of sequence s, whose rows are [cu[s], cu[s + 1]). Throws Error when
+/// there are not as many names as sequences.
 RowGroups row_groups(const std::vector<int64_t>& cu, const std::vector<std::string>& names);
 
 /// For the length of a scope, which has to hold a backward too when blocks are checkpointed, rows

@@ -27,8 +27,7 @@ const char* slot_kind_name(SlotKind kind) {
 Composition composition_of(const std::string& name) {
   if (name == "stack") return Composition::stack;
   if (name == "parallel") return Composition::parallel;
-  throw Error("set_active",
-              fmt::format("composition is 'stack' or 'parallel', found '{}'", name));
+  throw Error("set_active", fmt::format("composition is 'stack' or 'parallel', found '{}'", name));
 }
 
 std::vector<at::Tensor> Adapter::trained() const {
@@ -87,8 +86,8 @@ std::optional<at::Tensor> Slot::by_groups(
   }
   const auto places = at::cat(order);
   if (places.size(0) != rows)
-    throw Error("use_adapters", fmt::format("the groups have {} rows, and a slot reads {}",
-                                            places.size(0), rows));
+    throw Error("use_adapters",
+                fmt::format("the groups have {} rows, and a slot reads {}", places.size(0), rows));
   return at::cat(results).index_select(0, places.argsort());
 }
 
@@ -141,7 +140,8 @@ bool InputSlotImpl::among_embeddings() const {
 
 std::optional<Inserted> InputSlotImpl::insert(const Sequences& sequences) const {
   std::vector<const Placement*> placements;
-  for (const auto* adapter : running_as<InputAdapter>()) placements.push_back(&adapter->placement());
+  for (const auto* adapter : running_as<InputAdapter>())
+    placements.push_back(&adapter->placement());
   if (placements.empty()) return {};
   return insert_virtual_tokens(placements, sequences.cu, sequences.prompt);
 }

@@ -1,6 +1,6 @@
 #include <ATen/ATen.h>
-#include <torch/csrc/jit/serialization/pickle.h>
 #include <fmt/format.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
@@ -106,10 +106,9 @@ NamedTensors read_pickle(const std::filesystem::path& path) {
                 fmt::format("{} is not a file of tensors: {}", path.string(), e.what()));
   }
   if (!value.isGenericDict())
-    throw Error("read_pickle",
-                fmt::format("{} is not a plain dictionary of tensors: save it again "
-                            "as safetensors",
-                            path.string()));
+    throw Error("read_pickle", fmt::format("{} is not a plain dictionary of tensors: save it again "
+                                           "as safetensors",
+                                           path.string()));
   NamedTensors tensors;
   for (const auto& entry : value.toGenericDict()) {
     if (!entry.key().isString() || !entry.value().isTensor())

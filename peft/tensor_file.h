@@ -29,8 +29,8 @@ at::Tensor as_tensor(const io::TensorInfo& info);
 void write_tensors(const std::filesystem::path& path, const NamedTensors& tensors,
                    const io::Metadata& metadata = {{"format", "pt"}});
 
-/// The tensors of a file that torch.save made of a plain dictionary. Nothing in it is executed; what
-/// is no named tensor is an Error.
+/// The tensors of a file that torch.save made of a plain dictionary. Nothing in it is executed;
+/// what is no named tensor is an Error.
 NamedTensors read_pickle(const std::filesystem::path& path);
 
 }  // namespace budwood

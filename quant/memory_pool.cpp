@@ -90,8 +90,8 @@ class Pool final : public c10::Allocator {
     }
     peak_ = std::max(peak_, used_ + bytes);
     shrink(peak_ - used_ - bytes);
-    void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                            -1, 0);
+    void* const data =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (data == MAP_FAILED) throw std::bad_alloc();
     return use({data, bytes});
   }

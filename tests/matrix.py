@@ -75,8 +75,20 @@ METHODS = {
     "reft": lambda f: budwood.ReftConfig(r=4, suffix_positions=2),
 }
 IDENTITY = {
-    "lora", "rslora", "dora", "pissa", "olora", "adalora", "dylora", "vera", "ia3", "houlsby",
-    "pfeiffer", "parallel", "llama_adapter", "reft",
+    "lora",
+    "rslora",
+    "dora",
+    "pissa",
+    "olora",
+    "adalora",
+    "dylora",
+    "vera",
+    "ia3",
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+    "llama_adapter",
+    "reft",
 }
 MERGES = {"lora", "rslora", "dora", "pissa", "olora", "adalora", "dylora", "vera", "ia3"}
 BASES = ["fp32", "bf16", "nf4", "int4", "gguf_q4_0"]

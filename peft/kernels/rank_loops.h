@@ -11,8 +11,8 @@ void rank_product(const float* narrow, int64_t narrow_stride, const float* wide,
   // Half as many vectors and twice as many rows as product(): the wide operand is read less often.
   constexpr int kVectors = 2;
   for (int64_t j = 0; j < kRankColumns; j += kVectors * kLanes)
-    tiles<kLanes == 16 ? 8 : 4, kVectors>(r, m, {narrow, 1, narrow_stride},
-                                          {wide + j, wide_stride}, out + j, kRankColumns, add);
+    tiles<kLanes == 16 ? 8 : 4, kVectors>(r, m, {narrow, 1, narrow_stride}, {wide + j, wide_stride},
+                                          out + j, kRankColumns, add);
 }
 
 constexpr RankPath kRankPath = {rank_product};

@@ -122,8 +122,8 @@ int64_t adalora_budget(const AdaLoraConfig& config, int64_t places, int64_t t) {
   const int64_t end = *config.total_step - config.tfinal;
   if (t <= config.tinit) return first;
   if (t > end) return last;
-  const double left = 1.0 - static_cast<double>(t - config.tinit) /
-                                static_cast<double>(end - config.tinit);
+  const double left =
+      1.0 - static_cast<double>(t - config.tinit) / static_cast<double>(end - config.tinit);
   return static_cast<int64_t>(static_cast<double>(first - last) * left * left * left +
                               static_cast<double>(last));
 }
@@ -161,8 +161,7 @@ void allocate(const Adapters& adapters, int64_t budget, bool final) {
   const auto scores = at::cat(all);
   const int64_t cut = scores.size(0) - budget;
   // The cut-th smallest and what is not above it goes; with nothing to cut everything stays.
-  const double threshold =
-      cut > 0 ? std::get<0>(scores.kthvalue(cut)).item<double>() : -1.0;
+  const double threshold = cut > 0 ? std::get<0>(scores.kthvalue(cut)).item<double>() : -1.0;
   for (size_t i = 0; i < adapters.size(); ++i)
     as_own(adapters[i]).keep(all[i].gt(threshold), final);
 }
@@ -182,8 +181,8 @@ void after_step(const Adapters& adapters, int64_t t) {
   if (scheduled || t == end) allocate(adapters, adalora_budget(config, places, t), t == end);
 }
 
-const bool registered = register_method(
-    "ADALORA", {.make = make, .penalty = penalty, .after_step = after_step});
+const bool registered =
+    register_method("ADALORA", {.make = make, .penalty = penalty, .after_step = after_step});
 
 }  // namespace
 }  // namespace budwood

@@ -19,7 +19,8 @@ struct AdaLoraConfig : LoraConfig {
   double beta1 = 0.85, beta2 = 0.85;
   double orth_reg_weight = 0.5;
   std::optional<int64_t> total_step;  ///< must be given
-  /// After allocation: for each place, which of its init_r triplets are kept; keys end in ".lora_E".
+  /// After allocation: for each place, which of its init_r triplets are kept; keys end in
+  /// ".lora_E".
   RawJson kept;
 
   /// kept by the path of the place; empty = nothing was allocated yet.

@@ -10,9 +10,9 @@ namespace budwood {
 AdaptionPrompt::AdaptionPrompt(std::shared_ptr<const AdaptionPromptConfig> config, int64_t hidden,
                                uint64_t seed)
     : AttentionAdapter(config) {
-  prompt_ = register_parameter("adaption_prompt",
-                               at::empty({1, *config->adapter_len, hidden}, at::kFloat)
-                                   .normal_(0.0, 1.0, stream(seed)));
+  prompt_ = register_parameter(
+      "adaption_prompt",
+      at::empty({1, *config->adapter_len, hidden}, at::kFloat).normal_(0.0, 1.0, stream(seed)));
   gate_ = register_parameter("adaption_gate", at::zeros({1}));
 }
 
@@ -45,8 +45,7 @@ std::vector<Grafted> make(const std::shared_ptr<const AdapterConfig>& config,
   std::vector<Grafted> made;
   for (size_t i = layers.size() - wanted; i < layers.size(); ++i) {
     const auto& place = places[layers[i]];
-    made.push_back(
-        {layers[i], std::make_shared<AdaptionPrompt>(own, place.hidden, place.seed)});
+    made.push_back({layers[i], std::make_shared<AdaptionPrompt>(own, place.hidden, place.seed)});
   }
   return made;
 }

@@ -10,8 +10,7 @@ namespace budwood {
 /// 0, times the result is added to the attention's.
 class AdaptionPrompt final : public AttentionAdapter {
  public:
-  AdaptionPrompt(std::shared_ptr<const AdaptionPromptConfig> config, int64_t hidden,
-                 uint64_t seed);
+  AdaptionPrompt(std::shared_ptr<const AdaptionPromptConfig> config, int64_t hidden, uint64_t seed);
 
   at::Tensor beside(const Around& around) const override;
   AdapterState state() const override {

@@ -5,6 +5,7 @@
 #include <budwood/peft/methods/bottleneck.h>
 #include <budwood/peft/methods/bottleneck_config.h>
 #include <budwood/quant/error.h>
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <utility>
@@ -86,7 +87,8 @@ at::Tensor activate(const std::string& name, const at::Tensor& x) {
 }
 
 at::Tensor AdapterProjection::operator()(const at::Tensor& x) const {
-  if (weight.defined()) return at::linear(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
+  if (weight.defined())
+    return at::linear(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
   // y[t, b, o] = Σ_i Σ_a C_i[a, b] (x[t, a, :] S_i T_i)[o]
   const int64_t n = rule.size(0);
   auto sizes = x.sizes().vec();
@@ -144,9 +146,10 @@ AdapterProjection Bottleneck::projection(const char* name, int64_t in, int64_t o
   if (c.phm_layer) {
     const int64_t n = c.phm_dim;
     if (in % n != 0 || out % n != 0)
-      throw Error("inject", fmt::format("phm_dim is {}; it must divide the hidden size and the width "
-                                        "of the bottleneck, here {} and {}",
-                                        n, is_up ? out : in, is_up ? in : out));
+      throw Error("inject",
+                  fmt::format("phm_dim is {}; it must divide the hidden size and the width "
+                              "of the bottleneck, here {} and {}",
+                              n, is_up ? out : in, is_up ? in : out));
     p.rule = shared_->rule.defined() ? shared_->rule : keep("phm_rule", [&] {
       return at::empty({n, n, n}, at::kFloat).normal_(0.0, 0.01, generator);
     }());
@@ -293,6 +296,12 @@ std::vector<Grafted> make(const std::shared_ptr<const AdapterConfig>& config,
                                                 : rule.normal_(0.0, range, stream(seed));
     if (own->learn_phm) shared->rule.set_requires_grad(true);
   }
+  int64_t layers = 0;
+  for (const auto& place : places) layers = std::max(layers, place.layer + 1);
+  for (const auto layer : own->leave_out)
+    if (layer >= layers)
+      throw Error("inject", fmt::format("leave_out has layer {}, and the model has {} layers",
+                                        layer, layers));
   std::vector<Grafted> made;
   for (size_t i = 0; i < places.size(); ++i) {
     const auto& place = places[i];

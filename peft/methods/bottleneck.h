@@ -14,10 +14,11 @@ struct BottleneckConfig;
 /// W = Σ_i (C_i ⊗ S_i T_i)ᵀ with C_i [n, n], S_i [in/n, k], T_i [k, out/n] (Compacter, arXiv
 /// 2106.04647), which is never formed.
 struct AdapterProjection {
-  at::Tensor weight;     ///< [out, in]; plain
-  at::Tensor rule;       ///< C [n, n, n]
-  at::Tensor left, right;  ///< S [n, in/n, k], T [n, k, out/n]; without factors left is [n, in/n, out/n]
-  at::Tensor bias;       ///< [out] or undefined
+  at::Tensor weight;  ///< [out, in]; plain
+  at::Tensor rule;    ///< C [n, n, n]
+  at::Tensor left,
+      right;        ///< S [n, in/n, k], T [n, k, out/n]; without factors left is [n, in/n, out/n]
+  at::Tensor bias;  ///< [out] or undefined
   at::Tensor operator()(const at::Tensor& x) const;
 };
 
@@ -49,8 +50,8 @@ class Bottleneck final : public BlockAdapter {
   bool first_;
   int64_t width_, hidden_;
   AdapterProjection down_, up_;
-  at::Tensor scaling_;                  // learned
-  at::Tensor gate_weight_, gate_bias_;  // [1, hidden], [1]
+  at::Tensor scaling_;                                                  // learned
+  at::Tensor gate_weight_, gate_bias_;                                  // [1, hidden], [1]
   at::Tensor before_weight_, before_bias_, after_weight_, after_bias_;  // own norms
 };
 

@@ -10,10 +10,9 @@
 namespace budwood {
 namespace {
 
-const std::vector<std::string> kActivations = {"relu", "gelu",    "gelu_new",  "gelu_orig",
-                                               "silu", "swish",   "tanh",      "sigmoid",
-                                               "elu",  "relu6",   "leakyrelu", "quick_gelu",
-                                               "mish", "softplus", "linear"};
+const std::vector<std::string> kActivations = {
+    "relu", "gelu",  "gelu_new",  "gelu_orig",  "silu", "swish",    "tanh",  "sigmoid",
+    "elu",  "relu6", "leakyrelu", "quick_gelu", "mish", "softplus", "linear"};
 
 const bool registered[] = {
     register_config("BOTTLENECK", [] { return std::make_shared<BottleneckConfig>(); }),

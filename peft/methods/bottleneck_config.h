@@ -25,17 +25,18 @@ struct BottleneckConfig : AdapterConfig {
   bool is_parallel = false;  ///< reads the residual stream before the sub-layer, not its output
   /// A number, "learned" (one) or "channel" (one for each of hidden).
   std::variant<double, std::string> scaling = 1.0;
-  bool original_ln_before = true;  ///< z = the block's norm of h + x (where norms come after), else h
-  bool original_ln_after = true;   ///< the block's norm of the result + x, else the result alone
+  bool original_ln_before =
+      true;  ///< z = the block's norm of h + x (where norms come after), else h
+  bool original_ln_after = true;  ///< the block's norm of the result + x, else the result alone
   /// What is added to f(z): "true" = h, "post_add" = h + x, "false" = z.
   std::variant<bool, std::string> residual_before_ln = true;
   bool ln_before = false, ln_after = false;  ///< norms of the adapter's own
   bool adapter_residual_before_ln = false;   ///< the residual is added before ln_after
-  bool use_gating = false;  ///< f times the mean over the sequence of sigmoid(g z)
-  double dropout = 0.0;     ///< of f
-  double stochastic_depth = 0.0;          ///< probability that a sequence skips f while training
-  std::vector<int64_t> leave_out;         ///< layers without an adapter (AdapterDrop)
-  std::string init_weights = "identity";  ///< or "bert", "mam_adapter", "houlsby"
+  bool use_gating = false;                   ///< f times the mean over the sequence of sigmoid(g z)
+  double dropout = 0.0;                      ///< of f
+  double stochastic_depth = 0.0;             ///< probability that a sequence skips f while training
+  std::vector<int64_t> leave_out;            ///< layers without an adapter (AdapterDrop)
+  std::string init_weights = "identity";     ///< or "bert", "mam_adapter", "houlsby"
 
   // Compacter (arXiv 2106.04647): D and U are sums of Kronecker products.
   bool phm_layer = false;

@@ -11,8 +11,9 @@ DyLora::DyLora(std::shared_ptr<const DyLoraConfig> config, const LinearBase& bas
                std::shared_ptr<int64_t> drawn, uint64_t seed)
     : LinearAdapter(config), drawn_(std::move(drawn)) {
   const double bound = 1.0 / std::sqrt(static_cast<double>(base.weight.in));
-  lora_a_ = register_parameter("lora_A", at::empty({config->r, base.weight.in}, at::kFloat)
-                                             .uniform_(-bound, bound, stream(seed)));
+  lora_a_ = register_parameter(
+      "lora_A",
+      at::empty({config->r, base.weight.in}, at::kFloat).uniform_(-bound, bound, stream(seed)));
   lora_b_ = register_parameter("lora_B", at::zeros({base.weight.out, config->r}, at::kFloat));
 }
 
@@ -22,8 +23,8 @@ const DyLoraConfig& DyLora::own() const {
 
 void DyLora::draw(int64_t step) {
   // A function of the seed and the step alone, so that a resumed run draws what it would have.
-  auto generator = stream(static_cast<uint64_t>(own().rank_seed) * 1000003u +
-                          static_cast<uint64_t>(step));
+  auto generator =
+      stream(static_cast<uint64_t>(own().rank_seed) * 1000003u + static_cast<uint64_t>(step));
   *drawn_ = at::randint(own().r_min, own().r + 1, {1}, generator, at::kLong).item<int64_t>();
 }
 

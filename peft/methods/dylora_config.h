@@ -13,9 +13,9 @@ struct DyLoraConfig : TargetedConfig {
   int64_t r_min = 1;  ///< the smallest rank that is drawn
   double lora_alpha = 8;
   double lora_dropout = 0.0;
-  bool frozen = false;     ///< of the ranks below the drawn one nothing is learned in that step
-  int64_t rank_seed = 0;   ///< seed of the ranks that are drawn
-  int64_t eval_rank = 0;   ///< rank outside training; 0 = r
+  bool frozen = false;    ///< of the ranks below the drawn one nothing is learned in that step
+  int64_t rank_seed = 0;  ///< seed of the ranks that are drawn
+  int64_t eval_rank = 0;  ///< rank outside training; 0 = r
 
   void validate(Strictness strictness = Strictness::strict) const override;
   std::shared_ptr<AdapterConfig> clone() const override {

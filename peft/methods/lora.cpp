@@ -63,15 +63,13 @@ std::pair<at::Tensor, at::Tensor> principal_factors(const LoraConfig::Principal&
 
 }  // namespace
 
-RowNorms::RowNorms(const quant::Weight& weight)
-    : weight_(weight.parts[0].unsafeGetTensorImpl()) {
+RowNorms::RowNorms(const quant::Weight& weight) : weight_(weight.parts[0].unsafeGetTensorImpl()) {
   at::NoGradGuard no_grad;
   const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / weight.in);
   std::vector<at::Tensor> sums;
   for (int64_t begin = 0; begin < weight.out; begin += step)
-    sums.push_back(weight.rows(begin, std::min(weight.out, begin + step), at::kFloat)
-                       .square()
-                       .sum(1));
+    sums.push_back(
+        weight.rows(begin, std::min(weight.out, begin + step), at::kFloat).square().sum(1));
   squares_ = at::cat(sums);
 }
 
@@ -180,8 +178,8 @@ LoraEmbedding::LoraEmbedding(std::shared_ptr<const LoraConfig> config, const qua
   auto a = at::zeros({rank, table.out}, at::kFloat);
   if (!config->identity_init()) a.normal_(0.0, 0.02, generator);
   lora_a_ = register_parameter("lora_embedding_A", a);
-  lora_b_ = register_parameter("lora_embedding_B", at::empty({table.in, rank}, at::kFloat)
-                                                       .normal_(0.0, 1.0, generator));
+  lora_b_ = register_parameter(
+      "lora_embedding_B", at::empty({table.in, rank}, at::kFloat).normal_(0.0, 1.0, generator));
 }
 
 at::Tensor LoraEmbedding::forward(const at::Tensor& ids, at::Tensor rows) const {
@@ -207,8 +205,8 @@ std::vector<Grafted> make(const std::shared_ptr<const AdapterConfig>& config,
   for (size_t i = 0; i < places.size(); ++i) {
     const auto& place = places[i];
     if (place.kind == SlotKind::embedding) {
-      made.push_back({i, std::make_shared<LoraEmbedding>(own, place.base.weight, place.path,
-                                                         place.seed)});
+      made.push_back(
+          {i, std::make_shared<LoraEmbedding>(own, place.base.weight, place.path, place.seed)});
       continue;
     }
     require_kind(place, SlotKind::linear, "LORA");

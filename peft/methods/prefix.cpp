@@ -16,7 +16,8 @@ KeyValues PrefixTable::of(int64_t layer, int64_t kv_heads, int64_t head_dim) con
   if (!projected)
     return {shaped(table.narrow(1, first, width)), shaped(table.narrow(1, first + width, width))};
   const auto hidden = at::tanh(at::linear(embedding, w1, b1));
-  const auto both = at::linear(hidden, w2.narrow(0, first, 2 * width), b2.narrow(0, first, 2 * width));
+  const auto both =
+      at::linear(hidden, w2.narrow(0, first, 2 * width), b2.narrow(0, first, 2 * width));
   return {shaped(both.narrow(1, 0, width)), shaped(both.narrow(1, width, width))};
 }
 
@@ -58,12 +59,9 @@ AdapterState Prefix::shared_state() const {
     table.copy_(s.value());
   }
   const std::string start = "budwood.prefix_encoder.";
-  return {{"prompt_embeddings", s.table},
-          {start + "embedding.weight", s.embedding},
-          {start + "transform.0.weight", s.w1},
-          {start + "transform.0.bias", s.b1},
-          {start + "transform.2.weight", s.w2},
-          {start + "transform.2.bias", s.b2}};
+  return {{"prompt_embeddings", s.table},       {start + "embedding.weight", s.embedding},
+          {start + "transform.0.weight", s.w1}, {start + "transform.0.bias", s.b1},
+          {start + "transform.2.weight", s.w2}, {start + "transform.2.bias", s.b2}};
 }
 
 void Prefix::loaded(const std::vector<std::string>& found) {
@@ -77,8 +75,9 @@ void Prefix::describe(AdapterConfig& saved, const std::string&) const {
   config.num_attention_heads = kv_heads_;
   config.num_layers = shared_->layers;
   if (!config.num_transformer_submodules) config.num_transformer_submodules = 1;
-  config.encoder_hidden_size =
-      shared_->w1.defined() ? shared_->w1.size(0) : config.encoder_hidden_size.value_or(shared_->width);
+  config.encoder_hidden_size = shared_->w1.defined()
+                                   ? shared_->w1.size(0)
+                                   : config.encoder_hidden_size.value_or(shared_->width);
 }
 
 std::vector<at::Tensor> Prefix::trained() const {
@@ -112,10 +111,10 @@ std::vector<Grafted> make(const std::shared_ptr<const AdapterConfig>& config,
     throw Error("inject", fmt::format("the prefix is for {} layers, and this model has {}",
                                       *own->num_layers, shared->layers));
   if (own->token_dim && *own->token_dim != shared->width)
-    throw Error("inject", fmt::format("the prefix is for keys of width {}, and those of this model "
-                                      "have {} ({} heads of {})",
-                                      *own->token_dim, shared->width, first.kv_heads,
-                                      first.head_dim));
+    throw Error("inject",
+                fmt::format("the prefix is for keys of width {}, and those of this model "
+                            "have {} ({} heads of {})",
+                            *own->token_dim, shared->width, first.kv_heads, first.head_dim));
   const int64_t t = *own->num_virtual_tokens, wide = 2 * shared->layers * shared->width;
   auto generator = stream(seed);
   const auto uniform = [&](at::IntArrayRef sizes, int64_t fan) {

@@ -22,12 +22,13 @@ std::vector<int64_t> initial_ids(const PromptTuningConfig& config, int64_t vocab
   }
   const auto& text = config.init_token_ids;
   if (text.empty())
-    throw Error("inject", "prompt_tuning_init is TEXT: give the text's token ids as init_token_ids");
+    throw Error("inject",
+                "prompt_tuning_init is TEXT: give the text's token ids as init_token_ids");
   for (int64_t i = 0; i < t; ++i) ids.push_back(text[static_cast<size_t>(i) % text.size()]);
   for (const auto id : ids)
     if (id < 0 || id >= vocabulary)
-      throw Error("inject", fmt::format("init_token_ids has {}, and the vocabulary has {} tokens", id,
-                                        vocabulary));
+      throw Error("inject", fmt::format("init_token_ids has {}, and the vocabulary has {} tokens",
+                                        id, vocabulary));
   return ids;
 }
 

@@ -57,11 +57,11 @@ void VirtualTokensConfig::validate(Strictness strictness) const {
 
 std::vector<ConfigField> VirtualTokensConfig::fields() {
   auto all = AdapterConfig::fields();
-  add(all, {bind_field("num_virtual_tokens", num_virtual_tokens),
-            bind_field("token_dim", token_dim),
-            bind_field("num_transformer_submodules", num_transformer_submodules),
-            bind_field("num_attention_heads", num_attention_heads),
-            bind_field("num_layers", num_layers)});
+  add(all,
+      {bind_field("num_virtual_tokens", num_virtual_tokens), bind_field("token_dim", token_dim),
+       bind_field("num_transformer_submodules", num_transformer_submodules),
+       bind_field("num_attention_heads", num_attention_heads),
+       bind_field("num_layers", num_layers)});
   return all;
 }
 
@@ -96,11 +96,11 @@ void PromptEncoderConfig::validate(Strictness strictness) const {
 
 std::vector<ConfigField> PromptEncoderConfig::fields() {
   auto all = VirtualTokensConfig::fields();
-  add(all, {bind_field("encoder_reparameterization_type", encoder_reparameterization_type),
-            bind_field("encoder_hidden_size", encoder_hidden_size),
-            bind_field("encoder_num_layers", encoder_num_layers),
-            bind_field("encoder_dropout", encoder_dropout),
-            own_text("placement", placement, "front")});
+  add(all,
+      {bind_field("encoder_reparameterization_type", encoder_reparameterization_type),
+       bind_field("encoder_hidden_size", encoder_hidden_size),
+       bind_field("encoder_num_layers", encoder_num_layers),
+       bind_field("encoder_dropout", encoder_dropout), own_text("placement", placement, "front")});
   return all;
 }
 

@@ -63,8 +63,7 @@ at::Tensor Reft::edit(at::Tensor stream, const Sequences& sequences) const {
   if (!sequences.from_start) return stream;
   std::vector<int64_t> first, last;
   for (size_t s = 0; s + 1 < sequences.cu.size(); ++s) {
-    const int64_t begin =
-        sequences.cu[s] + (sequences.padding.empty() ? 0 : sequences.padding[s]);
+    const int64_t begin = sequences.cu[s] + (sequences.padding.empty() ? 0 : sequences.padding[s]);
     const int64_t n = sequences.prompt.empty() ? sequences.cu[s + 1] - begin : sequences.prompt[s];
     const int64_t p = std::min(own().prefix_positions, n);
     const int64_t q = std::min(own().suffix_positions, n - p);
@@ -141,7 +140,8 @@ std::vector<Grafted> make(const std::shared_ptr<const AdapterConfig>& config,
   if (own->layers)
     for (const auto layer : *own->layers)
       if (std::find(found.begin(), found.end(), layer) == found.end())
-        throw Error("inject", fmt::format("layers has {}, and this model has no such layer", layer));
+        throw Error("inject",
+                    fmt::format("layers has {}, and this model has no such layer", layer));
   return made;
 }
 

@@ -29,8 +29,8 @@ class Reft final : public BlockAdapter {
   // One group of positions.
   struct Unit {
     std::string name;
-    at::Tensor free = {};     // F [r, hidden]
-    at::Tensor rotate = {};   // Rᵀ [hidden, r] when it was last asked for
+    at::Tensor free = {};               // F [r, hidden]
+    at::Tensor rotate = {};             // Rᵀ [hidden, r] when it was last asked for
     at::Tensor source = {}, bias = {};  // M [r, hidden], c [r]
   };
   const ReftConfig& own() const;

@@ -28,12 +28,12 @@ std::optional<TargetRules> TargetedConfig::target_rules() const {
 
 std::vector<ConfigField> TargetedConfig::fields() {
   auto all = AdapterConfig::fields();
-  for (auto& field : std::vector<ConfigField>{
-           bind_field("target_modules", target_modules),
-           bind_field("exclude_modules", exclude_modules),
-           bind_field("layers_to_transform", layers_to_transform),
-           bind_field("layers_pattern", layers_pattern),
-           bind_field("fan_in_fan_out", fan_in_fan_out)})
+  for (auto& field :
+       std::vector<ConfigField>{bind_field("target_modules", target_modules),
+                                bind_field("exclude_modules", exclude_modules),
+                                bind_field("layers_to_transform", layers_to_transform),
+                                bind_field("layers_pattern", layers_pattern),
+                                bind_field("fan_in_fan_out", fan_in_fan_out)})
     all.push_back(std::move(field));
   return all;
 }

@@ -24,9 +24,9 @@ std::vector<ConfigField> VeraConfig::fields() {
   std::erase_if(all, [](const ConfigField& f) { return f.name == "exclude_modules"; });
   for (auto& field : std::vector<ConfigField>{
            bind_field("r", r), bind_field("projection_prng_key", projection_prng_key),
-           bind_field("save_projection", save_projection),
-           bind_field("vera_dropout", vera_dropout), bind_field("d_initial", d_initial),
-           bind_field("bias", bias), bind_field("init_weights", init_weights)})
+           bind_field("save_projection", save_projection), bind_field("vera_dropout", vera_dropout),
+           bind_field("d_initial", d_initial), bind_field("bias", bias),
+           bind_field("init_weights", init_weights)})
     all.push_back(std::move(field));
   return all;
 }

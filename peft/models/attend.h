@@ -19,8 +19,8 @@ struct AttentionPart {
 double attention_scale(int64_t head_dim);
 
 /// Attention of a batch with what adapters and a cache put before its keys, and beside it. q
-/// [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], rotated where a model does so ->
-/// [tokens, heads, head_dim]. `project` as in AttentionAdapter::Around.
+/// [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], rotated where a model does so
+/// -> [tokens, heads, head_dim]. `project` as in AttentionAdapter::Around.
 at::Tensor attend(const AttentionPart& part, const AttentionSlot& adapters, const at::Tensor& q,
                   at::Tensor k, at::Tensor v, const TokenBatch& batch, KvCache* cache,
                   const std::function<KeyValues(const at::Tensor&)>& project);

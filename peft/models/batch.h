@@ -16,8 +16,8 @@ struct TokenBatch {
   std::vector<int64_t> cu_seqlens;  ///< [sequences + 1], starts with 0, ends with tokens
   /// Tokens of each sequence that belong to its prompt, for adapters that go by it; empty = all.
   std::vector<int64_t> prompt = {};
-  /// Filled by CausalLM::with_virtual_tokens: each row's own number, or -1 - v where virtual token v
-  /// stands (ids has 0 there). Empty = no virtual tokens.
+  /// Filled by CausalLM::with_virtual_tokens: each row's own number, or -1 - v where virtual token
+  /// v stands (ids has 0 there). Empty = no virtual tokens.
   std::vector<int64_t> virtual_rows = {};
 
   int64_t tokens() const { return ids.size(0); }

@@ -114,9 +114,9 @@ BertLayerImpl::BertLayerImpl(const BertConfig& c, int64_t layer, const std::stri
       "LayerNorm", LayerNorm(source, path + ".attention.output.LayerNorm", d, c.layer_norm_eps));
   attention_adapters_ =
       attention_output.register_module("adapters", BlockSlot("attention", layer, d));
-  intermediate_ = child(*this, "intermediate")
-                      .register_module("dense", projection(source, path + ".intermediate.dense",
-                                                           ff, d));
+  intermediate_ =
+      child(*this, "intermediate")
+          .register_module("dense", projection(source, path + ".intermediate.dense", ff, d));
   auto& output = child(*this, "output");
   dense_ = output.register_module("dense", projection(source, path + ".output.dense", d, ff));
   norm_ = output.register_module(
@@ -131,8 +131,8 @@ at::Tensor BertLayerImpl::attention(const at::Tensor& x, const TokenBatch& batch
   const auto project = [&](const at::Tensor& hidden) -> KeyValues {
     return {heads(key_.ptr()->forward(hidden)), heads(value_.ptr()->forward(hidden))};
   };
-  const auto out = attend({.causal = false}, adapters_, heads(qkv[0]), heads(qkv[1]),
-                          heads(qkv[2]), batch, nullptr, project);
+  const auto out = attend({.causal = false}, adapters_, heads(qkv[0]), heads(qkv[1]), heads(qkv[2]),
+                          batch, nullptr, project);
   return forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})),
                           {attention_dense_})[0];
 }
@@ -155,15 +155,14 @@ Bert::Bert(BertConfig given, WeightSource& source, int64_t num_labels, uint64_t 
     : config_(std::move(given)), dtype_(source.dtype()) {
   const auto& c = config_;
   const int64_t d = c.hidden_size;
-  const std::string start =
-      source.has("bert.embeddings.word_embeddings.weight") ? "bert." : "";
+  const std::string start = source.has("bert.embeddings.word_embeddings.weight") ? "bert." : "";
   const bool has_head = source.has("classifier.weight");
   torch::nn::Module& body = has_head || num_labels > 0 ? child(*this, "bert") : *this;
   auto& embeddings = child(body, "embeddings");
   const auto table = [&](const char* name, int64_t rows) {
     return embeddings.register_module(
-        name, EmbeddingSlot(
-                  source.matrix(fmt::format("{}embeddings.{}.weight", start, name), rows, d)));
+        name,
+        EmbeddingSlot(source.matrix(fmt::format("{}embeddings.{}.weight", start, name), rows, d)));
   };
   words_ = table("word_embeddings", c.vocab_size);
   positions_ = table("position_embeddings", c.max_position_embeddings);
@@ -179,8 +178,7 @@ Bert::Bert(BertConfig given, WeightSource& source, int64_t num_labels, uint64_t 
                   .register_module("dense", projection(source, start + "pooler.dense", d, d));
   input_ = register_module("input", InputSlot(c.vocab_size, d));
   if (has_head) {
-    classifier_ =
-        register_module("classifier", projection(source, "classifier", c.num_labels, d));
+    classifier_ = register_module("classifier", projection(source, "classifier", c.num_labels, d));
   } else if (num_labels > 0) {
     config_.num_labels = num_labels;
     auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
@@ -201,9 +199,9 @@ std::pair<TokenBatch, at::Tensor> Bert::run(const TokenBatch& given) {
   const auto& batch = late ? given : full;
   const auto positions = token_positions(layers_.at(0)->adapters(), batch, /*from_start=*/true);
   if (positions.numel() > 0 && positions.max().item<int64_t>() >= config_.max_position_embeddings)
-    throw Error("hidden", fmt::format("position {} is outside the {} positions of the model",
-                                      positions.max().item<int64_t>(),
-                                      config_.max_position_embeddings));
+    throw Error("hidden",
+                fmt::format("position {} is outside the {} positions of the model",
+                            positions.max().item<int64_t>(), config_.max_position_embeddings));
   auto words = words_(batch.ids, dtype_);
   if (!late && !full.virtual_rows.empty()) words = input_->forward(words, full.virtual_rows);
   auto x = norm_(words + types_(at::zeros_like(batch.ids), dtype_) + positions_(positions, dtype_));
@@ -219,9 +217,8 @@ std::pair<TokenBatch, at::Tensor> Bert::run(const TokenBatch& given) {
       x = layer(x, full);
       continue;
     }
-    x = ops::recompute(
-        [=](const at::Tensor& in) { return layer.ptr()->forward(in, full); }, x,
-        together(trained_parameters(*layer), elsewhere));
+    x = ops::recompute([=](const at::Tensor& in) { return layer.ptr()->forward(in, full); }, x,
+                       together(trained_parameters(*layer), elsewhere));
   }
   return {full, x};
 }
@@ -295,10 +292,10 @@ std::shared_ptr<Bert> load_bert(const std::string& folder, const LoadOptions& op
   for (const auto& name : files.unused())
     if (!name.ends_with("position_ids") && !name.starts_with("cls.")) strays.push_back(name);
   if (!strays.empty())
-    throw Error("load_bert", fmt::format("{}: tensors that do not belong to a BERT model of {} "
-                                         "layers: {}",
-                                         folder, config.num_hidden_layers,
-                                         fmt::join(strays, ", ")));
+    throw Error("load_bert",
+                fmt::format("{}: tensors that do not belong to a BERT model of {} "
+                            "layers: {}",
+                            folder, config.num_hidden_layers, fmt::join(strays, ", ")));
   model->eval();
   return model;
 }

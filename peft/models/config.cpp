@@ -182,8 +182,8 @@ ModelConfig parse_gpt2(const Json& json) {
   c.model_type = "gpt2";
   c.architecture = "GPT2LMHeadModel";
   if (present(json, "quantization_config")) fail("a quantised GPT-2 folder is not supported");
-  for (const char* key : {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
-                          "add_cross_attention"})
+  for (const char* key :
+       {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"})
     if (flag(json, key, false)) fail(fmt::format("'{}' = true is not supported", key));
   if (!flag(json, "scale_attn_weights", true))
     fail("'scale_attn_weights' = false is not supported");
@@ -217,9 +217,10 @@ ModelConfig parse(const Json& json) {
   if (c.model_type == "gpt2") return parse_gpt2(json);
   const auto family = families().find(c.model_type);
   if (family == families().end())
-    fail(fmt::format("model type '{}' is not supported; supported: llama, mistral, qwen2, qwen3, "
-                     "gpt2",
-                     c.model_type));
+    fail(
+        fmt::format("model type '{}' is not supported; supported: llama, mistral, qwen2, qwen3, "
+                    "gpt2",
+                    c.model_type));
   c.architecture = family->second.architecture;
   if (present(json, "architectures") && !json.at("architectures").empty()) {
     const auto named = json.at("architectures").at(0).get<std::string>();

@@ -37,8 +37,8 @@ struct ModelConfig {
   int64_t head_dim = 0;
   int64_t max_position_embeddings = 0;
   double rms_norm_eps = 1e-6;
-  double layer_norm_eps = 1e-5;         ///< GPT-2
-  std::string activation = "silu";      ///< GPT-2: gelu_new, gelu or relu
+  double layer_norm_eps = 1e-5;     ///< GPT-2
+  std::string activation = "silu";  ///< GPT-2: gelu_new, gelu or relu
   RopeConfig rope;
   bool tie_word_embeddings = false;
   bool attention_bias = false;  ///< q, k, v (Qwen2: always)

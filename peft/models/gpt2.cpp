@@ -24,8 +24,7 @@ Gpt2AttentionImpl::Gpt2AttentionImpl(const ModelConfig& c, int64_t layer, const 
   const int64_t d = c.hidden_size;
   c_attn_ = register_module("c_attn", projection(source, path + ".c_attn", 3 * d, d));
   c_proj_ = register_module("c_proj", projection(source, path + ".c_proj", d, d));
-  adapters_ =
-      register_module("adapters", AttentionSlot(layer, heads_, heads_, head_dim_, d));
+  adapters_ = register_module("adapters", AttentionSlot(layer, heads_, heads_, head_dim_, d));
 }
 
 at::Tensor Gpt2AttentionImpl::forward(const ops::Source& x, const TokenBatch& batch,
@@ -38,8 +37,8 @@ at::Tensor Gpt2AttentionImpl::forward(const ops::Source& x, const TokenBatch& ba
   const auto q = heads(parts[0]);
   const auto out = attend({.layer = layer_, .adds_beside = false}, adapters_, q, heads(parts[1]),
                           heads(parts[2]), batch, cache, {});
-  auto y = forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})),
-                            {c_proj_})[0];
+  auto y =
+      forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})), {c_proj_})[0];
   if (!adapters_->has_active()) return y;
   // As in HF PEFT, what attends beside is added behind GPT-2's output projection.
   const auto project = [&](const at::Tensor& hidden) -> KeyValues {
@@ -60,9 +59,9 @@ Gpt2MlpImpl::Gpt2MlpImpl(const ModelConfig& c, const std::string& path, WeightSo
 
 at::Tensor Gpt2MlpImpl::forward(const ops::Source& x) {
   const auto h = forward_together(x, {c_fc_})[0];
-  const auto act = activation_ == "relu" ? ops::Source::plain(at::relu(h))
-                                         : ops::Source::gelu(h, activation_ == "gelu" ? "none"
-                                                                                      : "tanh");
+  const auto act = activation_ == "relu"
+                       ? ops::Source::plain(at::relu(h))
+                       : ops::Source::gelu(h, activation_ == "gelu" ? "none" : "tanh");
   return forward_together(act, {c_proj_})[0];
 }
 
@@ -94,8 +93,8 @@ Gpt2ForCausalLM::Gpt2ForCausalLM(ModelConfig model_config, WeightSource& source)
   auto body = register_module("transformer", std::make_shared<torch::nn::Module>());
   wte_ = body->register_module("wte", EmbeddingSlot(std::move(table)));
   wpe_ = body->register_module(
-      "wpe", EmbeddingSlot(
-                 source.matrix(start + "wpe.weight", c.max_position_embeddings, c.hidden_size)));
+      "wpe",
+      EmbeddingSlot(source.matrix(start + "wpe.weight", c.max_position_embeddings, c.hidden_size)));
   auto blocks = body->register_module("h", std::make_shared<torch::nn::Module>());
   for (int64_t i = 0; i < c.num_hidden_layers; ++i)
     layers_.push_back(blocks->register_module(
@@ -115,9 +114,9 @@ at::Tensor Gpt2ForCausalLM::hidden(const TokenBatch& given, KvCache* cache) {
   const int64_t prefixed = from_start ? prefix_tokens(adapters) : 0;
   const auto positions = token_positions(adapters, batch, from_start);
   if (positions.numel() > 0 && positions.max().item<int64_t>() >= config().max_position_embeddings)
-    throw Error("hidden", fmt::format("position {} is outside the {} positions of the model",
-                                      positions.max().item<int64_t>(),
-                                      config().max_position_embeddings));
+    throw Error("hidden",
+                fmt::format("position {} is outside the {} positions of the model",
+                            positions.max().item<int64_t>(), config().max_position_embeddings));
   if (input()->among_embeddings())
     throw Error("hidden", "virtual tokens among='embeddings' are for encoders");
   auto x = wte_(batch.ids, dtype_);
@@ -156,8 +155,8 @@ bool Gpt2ForCausalLM::stores_transposed(const std::string& path) const {
 
 namespace {
 
-const bool registered =
-    register_model("gpt2", [](ModelConfig config, WeightSource& source) -> std::shared_ptr<CausalLM> {
+const bool registered = register_model(
+    "gpt2", [](ModelConfig config, WeightSource& source) -> std::shared_ptr<CausalLM> {
       return std::make_shared<Gpt2ForCausalLM>(std::move(config), source);
     });
 

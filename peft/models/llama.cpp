@@ -73,8 +73,7 @@ LlamaAttentionImpl::LlamaAttentionImpl(const ModelConfig& c, int64_t layer, cons
       register_module("v_proj", projection(source, path + ".v_proj", kv, d, c.attention_bias));
   o_proj_ =
       register_module("o_proj", projection(source, path + ".o_proj", d, q, c.attention_out_bias));
-  adapters_ =
-      register_module("adapters", AttentionSlot(layer, heads_, kv_heads_, head_dim_, d));
+  adapters_ = register_module("adapters", AttentionSlot(layer, heads_, kv_heads_, head_dim_, d));
   if (c.qk_norm) {
     q_norm_ =
         register_module("q_norm", norm_from(source, path + ".q_norm", head_dim_, c.rms_norm_eps));

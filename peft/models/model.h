@@ -3,12 +3,12 @@
 #include <torch/nn/module.h>
 
 #include <budwood/peft/described.h>
-#include <budwood/quant/weight.h>
 #include <budwood/peft/models/batch.h>
 #include <budwood/peft/models/blocks.h>
 #include <budwood/peft/models/config.h>
 #include <budwood/peft/models/kv_cache.h>
 #include <budwood/peft/slot.h>
+#include <budwood/quant/weight.h>
 #include <memory>
 #include <optional>
 #include <string>
@@ -40,9 +40,9 @@ class CausalLM : public torch::nn::Module, public Described {
   /// Hidden states [..., hidden] -> logits [..., vocabulary].
   virtual at::Tensor logits(const at::Tensor& hidden) = 0;
 
-  /// The batch as the active adapters' virtual tokens make it, and labels [tokens] with it: -100 for
-  /// virtual tokens, but what was predicted across them is predicted from the last of them. Where
-  /// "end" is a place, it is before the first counted label, or behind the last token without
+  /// The batch as the active adapters' virtual tokens make it, and labels [tokens] with it: -100
+  /// for virtual tokens, but what was predicted across them is predicted from the last of them.
+  /// Where "end" is a place, it is before the first counted label, or behind the last token without
   /// labels. A batch without virtual tokens, or with them already, stays as it is.
   std::pair<TokenBatch, at::Tensor> with_virtual_tokens(const TokenBatch& batch,
                                                         const at::Tensor& labels = {}) const;

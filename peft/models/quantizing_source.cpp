@@ -34,7 +34,8 @@ quant::Weight QuantizingSource::packed(const std::string& name, quant::Weight we
     throw Error("load", fmt::format("the tensor '{}' is quantised already ({}): load it as it is",
                                     name, quant::form_of(weight.format).name()));
   try {
-    auto packed = quant::quantize(weight.rows(0, weight.out, weight.dtype()).contiguous(), options_);
+    auto packed =
+        quant::quantize(weight.rows(0, weight.out, weight.dtype()).contiguous(), options_);
     if (observer_) observer_(name, weight, packed);
     source_.release(name);
     return packed;

@@ -49,8 +49,8 @@ std::pair<TokenBatch, at::Tensor> with_virtual_tokens(const InputSlot& input,
   TokenBatch full;
   const auto index =
       at::tensor(inserted.rows, at::TensorOptions().dtype(at::kLong)).to(batch.ids.device());
-  full.ids = at::where(index.ge(0), batch.ids.index_select(0, index.clamp_min(0)),
-                       at::zeros_like(index));
+  full.ids =
+      at::where(index.ge(0), batch.ids.index_select(0, index.clamp_min(0)), at::zeros_like(index));
   full.cu_seqlens = inserted.cu;
   full.virtual_rows = inserted.rows;
   std::vector<int64_t> positions(inserted.rows.size());

@@ -6,8 +6,8 @@
 
 namespace budwood::models {
 
-/// A batch as the virtual tokens of the slot's active adapters make it, and labels [tokens] (undefined
-/// = none) with it; see CausalLM::with_virtual_tokens.
+/// A batch as the virtual tokens of the slot's active adapters make it, and labels [tokens]
+/// (undefined = none) with it; see CausalLM::with_virtual_tokens.
 std::pair<TokenBatch, at::Tensor> with_virtual_tokens(const InputSlot& input,
                                                       const TokenBatch& batch,
                                                       const at::Tensor& labels);

@@ -130,8 +130,12 @@ std::string TrainOptions::to_json() const {
 }
 
 std::vector<std::string> TrainOptions::differences(const TrainOptions& other) const {
-  static const std::set<std::string> free = {"output",     "resume",    "overwrite",
-                                             "save_every", "keep_last", "log_every",
+  static const std::set<std::string> free = {"output",
+                                             "resume",
+                                             "overwrite",
+                                             "save_every",
+                                             "keep_last",
+                                             "log_every",
                                              "gradient_checkpointing"};
   const bool open_end = schedule == "constant" && other.schedule == "constant" &&
                         warmup_ratio == 0 && other.warmup_ratio == 0;

@@ -29,7 +29,7 @@ struct TrainOptions {
   double learning_rate = 2e-4;
   double lora_plus_ratio = 1.0;  ///< learning rate of LoRA's B over that of A; 1 = plain LoRA
   double lora_plus_embedding_rate = 1e-6;  ///< of factors of token tables; used with a ratio
-  double weight_decay = 0.0;  ///< of tensors with two or more dimensions
+  double weight_decay = 0.0;               ///< of tensors with two or more dimensions
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
   std::string schedule = "cosine";  ///< "constant", "linear", "cosine"
   int64_t warmup_steps = 0;

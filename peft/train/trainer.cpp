@@ -76,10 +76,10 @@ Trainer::Trainer(std::shared_ptr<models::CausalLM> model, std::shared_ptr<const 
       options_(std::move(options)),
       sampler_(train, sample_options(options_, true)),
       lora_fa_(options_.optimizer == "lora_fa" ? std::optional<LoraFa>(*model_) : std::nullopt),
-      optimizer_(unique_parameters(*model_),
-                 {options_.beta1, options_.beta2, options_.eps, options_.weight_decay,
-                  options_.lora_plus_ratio,
-                  options_.lora_plus_embedding_rate / options_.learning_rate}) {
+      optimizer_(
+          unique_parameters(*model_),
+          {options_.beta1, options_.beta2, options_.eps, options_.weight_decay,
+           options_.lora_plus_ratio, options_.lora_plus_embedding_rate / options_.learning_rate}) {
   check(*train, sampler_);
   if (eval) {
     eval_.emplace(eval, sample_options(options_, false));

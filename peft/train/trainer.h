@@ -3,8 +3,8 @@
 #include <budwood/peft/models/model.h>
 #include <budwood/peft/train/checkpoint.h>
 #include <budwood/peft/train/evaluation.h>
-#include <budwood/peft/train/memory_plan.h>
 #include <budwood/peft/train/lora_fa.h>
+#include <budwood/peft/train/memory_plan.h>
 #include <budwood/peft/train/optimizer.h>
 #include <budwood/peft/train/options.h>
 #include <budwood/peft/train/sampler.h>

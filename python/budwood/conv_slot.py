@@ -35,8 +35,14 @@ class ConvSlot(LoraSlot):
     def make_factors(self, r: int, lora_bias: bool) -> tuple[nn.Module, nn.Module]:
         base = self.base_layer
         a = type(base)(
-            base.in_channels, r, base.kernel_size, base.stride, base.padding, base.dilation,
-            bias=False, padding_mode=base.padding_mode,
+            base.in_channels,
+            r,
+            base.kernel_size,
+            base.stride,
+            base.padding,
+            base.dilation,
+            bias=False,
+            padding_mode=base.padding_mode,
         )
         b = type(base)(r, base.out_channels, 1, bias=lora_bias)
         return a, b

@@ -171,9 +171,7 @@ def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, EmbeddingSlot))
 
 
-def _attach_copies(
-    model: nn.Module, paths: list[str], name: str, report: InjectReport
-) -> None:
+def _attach_copies(model: nn.Module, paths: list[str], name: str, report: InjectReport) -> None:
     for path in paths:
         slot = module = model.get_submodule(path)
         if not isinstance(module, SavedModule):

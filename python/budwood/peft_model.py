@@ -105,9 +105,7 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def forward(
-        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The model's forward. `adapter_names` gives each row of the batch an adapter of its own;
         "__base__" is none."""
         if adapter_names is not None:
@@ -132,9 +130,7 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
         if mirror is not None:
             _C.after_step(mirror.impl, global_step)
 
-    def generate(
-        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> Any:
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is not None:
             with use_adapters(self.get_base_model(), adapter_names):
                 return self.generate(*args, **kwargs)

@@ -142,9 +142,7 @@ def _file_key(key: str) -> str:
 def with_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """File keys as HF PEFT writes them."""
     own = ("prompt_embeddings", "base_model.", PRIVATE)
-    return {
-        key if key.startswith(own) else PREFIX + key: tensor for key, tensor in tensors.items()
-    }
+    return {key if key.startswith(own) else PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
 def _bare(key: str) -> str:

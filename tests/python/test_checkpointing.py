@@ -99,8 +99,13 @@ def test_the_plan_foretells_the_measured_peak(tmp_path):
     for every in (0, 1):
         done = subprocess.run(
             [
-                sys.executable, "-c", MEASURED, str(tmp_path / "model"), str(tmp_path / "rows"),
-                __file__.rsplit("/", 1)[0], str(every),
+                sys.executable,
+                "-c",
+                MEASURED,
+                str(tmp_path / "model"),
+                str(tmp_path / "rows"),
+                __file__.rsplit("/", 1)[0],
+                str(every),
             ],
             capture_output=True,
             text=True,

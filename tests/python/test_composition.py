@@ -26,9 +26,7 @@ def both(folder, family="llama", configs=None):
         one = budwood.get_peft_model(copy.deepcopy(base), config)
         randomise(one, seed=ord(name))
         one.eval().save_pretrained(folder / name)
-    python = budwood.PeftModel.from_pretrained(
-        copy.deepcopy(base), folder / "a", adapter_name="a"
-    )
+    python = budwood.PeftModel.from_pretrained(copy.deepcopy(base), folder / "a", adapter_name="a")
     python.load_adapter(folder / "b", adapter_name="b")
     base.save_pretrained(folder / "model")
     cpp = (_C.load_bert if family == "bert" else _C.load_model)(str(folder / "model"))
@@ -76,9 +74,7 @@ def test_a_stack_is_one_after_the_other():
         p.requires_grad_(True)
     randomise(model)
     model.eval()
-    slot = next(
-        m.slot for n, m in model.named_modules() if n.endswith("layers.1.output_adapters")
-    )
+    slot = next(m.slot for n, m in model.named_modules() if n.endswith("layers.1.output_adapters"))
     h, x = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
     layout = {"cu": [0, 3, 6], "prompt": [], "padding": [], "from_start": True}
 
@@ -102,8 +98,10 @@ KINDS = [
         lambda: budwood.LoraConfig(r=3, target_modules=["v_proj"]),
     ),
     (lambda: budwood.IA3Config(), lambda: budwood.ReftConfig(r=2)),
-    (lambda: budwood.PrefixTuningConfig(num_virtual_tokens=3),
-     lambda: budwood.PrefixTuningConfig(num_virtual_tokens=2)),
+    (
+        lambda: budwood.PrefixTuningConfig(num_virtual_tokens=3),
+        lambda: budwood.PrefixTuningConfig(num_virtual_tokens=2),
+    ),
 ]
 
 

@@ -136,8 +136,13 @@ def test_what_cannot_be_is_named():
 def test_a_vision_transformer_with_its_patches():
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        image_size=8, patch_size=4, num_labels=3,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
     )
     base = ViTForImageClassification(config).eval()
     targets = [

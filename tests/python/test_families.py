@@ -33,8 +33,15 @@ FAMILIES = {
     ),
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(
-            vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, pad_token_id=0,
+            vocab_size=61,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            dropout=0.0,
+            pad_token_id=0,
         )
     ),
     "roberta": lambda: tf.RobertaForSequenceClassification(
@@ -42,13 +49,22 @@ FAMILIES = {
     ),
     "vit": lambda: tf.ViTForImageClassification(
         tf.ViTConfig(
-            **{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=8, patch_size=4,
-            num_labels=3, **NO_DROPOUT,
+            **{k: v for k, v in SMALL.items() if k != "vocab_size"},
+            image_size=8,
+            patch_size=4,
+            num_labels=3,
+            **NO_DROPOUT,
         )
     ),
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(
-            vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+            vocab_size=61,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
             decoder_start_token_id=0,
         )
     ),

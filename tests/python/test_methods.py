@@ -25,22 +25,39 @@ def tiny(family):
     torch.manual_seed(0)
     if family == "llama":
         config = LlamaConfig(
-            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
             tie_word_embeddings=False,
         )
         model = LlamaForCausalLM(config)
     elif family == "gpt2":
         config = GPT2Config(
-            vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, resid_pdrop=0,
-            embd_pdrop=0, attn_pdrop=0,
+            vocab_size=61,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=64,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
         )
         model = GPT2LMHeadModel(config)
     else:
         config = BertConfig(
-            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=64, num_labels=3,
-            hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            num_labels=3,
+            hidden_dropout_prob=0,
+            attention_probs_dropout_prob=0,
         )
         model = BertForSequenceClassification(config)
     with torch.no_grad():
@@ -99,7 +116,9 @@ def peft_config(method, family):
         return peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=7, **common)
     if method == "p_tuning_lstm":
         return peft.PromptEncoderConfig(
-            num_virtual_tokens=5, encoder_hidden_size=7, encoder_reparameterization_type="LSTM",
+            num_virtual_tokens=5,
+            encoder_hidden_size=7,
+            encoder_reparameterization_type="LSTM",
             **common,
         )
     if method == "adaption_prompt":
@@ -108,8 +127,21 @@ def peft_config(method, family):
 
 
 METHODS = [
-    "lora", "dora", "pissa", "olora", "lora_embedding", "trained_tokens", "saved_modules",
-    "ia3", "adalora", "vera", "prefix", "prefix_mlp", "prompt", "p_tuning", "p_tuning_lstm",
+    "lora",
+    "dora",
+    "pissa",
+    "olora",
+    "lora_embedding",
+    "trained_tokens",
+    "saved_modules",
+    "ia3",
+    "adalora",
+    "vera",
+    "prefix",
+    "prefix_mlp",
+    "prompt",
+    "p_tuning",
+    "p_tuning_lstm",
     "adaption_prompt",
 ]
 # What HF PEFT itself does not do.

@@ -15,8 +15,14 @@ OWN = {
     "houlsby": lambda: budwood.BottleneckConfig.houlsby(),
     "pfeiffer": lambda: budwood.BottleneckConfig(reduction_factor=4),
     "gated": lambda: budwood.BottleneckConfig(
-        reduction_factor=4, use_gating=True, scaling="channel", ln_before=True, ln_after=True,
-        leave_out=[1], mh_adapter=True, non_linearity="gelu",
+        reduction_factor=4,
+        use_gating=True,
+        scaling="channel",
+        ln_before=True,
+        ln_after=True,
+        leave_out=[1],
+        mh_adapter=True,
+        non_linearity="gelu",
     ),
     "parallel": lambda: budwood.ParallelAdapterConfig(mh_adapter=True, scaling="learned"),
     "compacter": lambda: budwood.CompacterConfig(reduction_factor=4),
@@ -84,9 +90,7 @@ def test_the_same_file_gives_the_same_numbers(method, family, tmp_path):
         if method in FRESH_IDENTITY:
             with python.disable_adapter():
                 before = python_logits(python.eval(), family, rows)
-            assert torch.allclose(
-                python_logits(python, family, rows), before, rtol=1e-5, atol=1e-5
-            )
+            assert torch.allclose(python_logits(python, family, rows), before, rtol=1e-5, atol=1e-5)
         randomise(python)
         python.eval().save_pretrained(tmp_path / "adapter")
         _C.load_adapter(cpp, str(tmp_path / "adapter"))
@@ -167,8 +171,11 @@ def test_generation_with_a_cache_is_the_full_forward(method, family, tmp_path):
     new = _C.generate(cpp, prompt, max_new_tokens=6, eos_ids=[-1])
     with torch.no_grad():
         hf = python.generate(
-            input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
+            input_ids=torch.tensor([prompt]),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )[0].tolist()
     if method != "reft":  # whose positions are those of the prompt, and it would grow
         assert prompt + new == wanted
@@ -225,9 +232,7 @@ def test_the_labels_move_with_virtual_tokens(tmp_path):
     """A loss with tokens in the middle is that of a model that was given the full row."""
     base = tiny("llama")
     cpp = cpp_model(base, "llama", tmp_path / "model")
-    _C.inject(
-        cpp, budwood.PromptTuningConfig(num_virtual_tokens=3, placement="0:1,2:2"), seed=1
-    )
+    _C.inject(cpp, budwood.PromptTuningConfig(num_virtual_tokens=3, placement="0:1,2:2"), seed=1)
     row = torch.tensor([5, 9, 3, 17, 11])
     labels = torch.tensor([-100, 3, 17, 11, -100])  # shifted: what each token must predict
     tokens = _C.TokenBatch.from_sequences([row.tolist()])

@@ -25,9 +25,7 @@ def two_adapters(family, methods, folder):
         one = budwood.get_peft_model(copy.deepcopy(base), peft_config(method, family))
         randomise(one, seed=ord(name))
         one.eval().save_pretrained(folder / name)
-    ours = budwood.PeftModel.from_pretrained(
-        copy.deepcopy(base), folder / "a", adapter_name="a"
-    )
+    ours = budwood.PeftModel.from_pretrained(copy.deepcopy(base), folder / "a", adapter_name="a")
     ours.load_adapter(folder / "b", adapter_name="b")
     return base, ours.eval()
 
@@ -80,9 +78,7 @@ def _hidden(ours, ids):
 
 def test_hf_peft_has_the_same_numbers(tmp_path):
     base, ours = two_adapters("llama", ("lora", "lora"), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(
-        copy.deepcopy(base), tmp_path / "a", adapter_name="a"
-    )
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a", adapter_name="a")
     theirs.load_adapter(tmp_path / "b", adapter_name="b")
     ids = rows("llama")
     with torch.no_grad():

@@ -48,9 +48,7 @@ def causal_lm(
         projection = projection_of(head, dtype)
         takes_part = projection is not None and projection[3] is None and projection[4] is None
     if not takes_part:
-        return plain(
-            input_ids, *args, labels=labels, logits_to_keep=logits_to_keep, **kwargs
-        )
+        return plain(input_ids, *args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     options = {n: kwargs.pop(n, None) for n in ("num_items_in_batch", "shift_labels")}

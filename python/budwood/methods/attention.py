@@ -92,8 +92,14 @@ def _configs(model: nn.Module) -> list[Any]:
     return [c for c in found.values() if hasattr(c, "_attn_implementation")]
 
 
-def _eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-           mask: torch.Tensor | None, **kwargs: Any) -> Any:
+def _eager(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> Any:
     """The implementation that each model file has for itself; its masks are what it adds."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(
@@ -116,15 +122,31 @@ def _adapted(attend: Any) -> Any:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         place = module._modules.get("adapters")
         if not isinstance(place, AttentionPlace) or not place.runs():
-            return attend(module, query, key, value, attention_mask, scaling=scaling,
-                          is_causal=is_causal, **kwargs)
+            return attend(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=scaling,
+                is_causal=is_causal,
+                **kwargs,
+            )
         k, v = place.slot.prefix()
         if k is not None:
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             attention_mask = _with_prefix(attention_mask, query, key, k.shape[0], causal)
             key, value = _before(k, key), _before(v, value)
-        out, weights = attend(module, query, key, value, attention_mask, scaling=scaling,
-                              is_causal=is_causal if k is None else False, **kwargs)
+        out, weights = attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            is_causal=is_causal if k is None else False,
+            **kwargs,
+        )
         return _beside(place, out, query, scaling), weights
 
     return forward

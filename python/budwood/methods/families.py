@@ -128,8 +128,12 @@ _FAMILIES: dict[str, Family] = {
     ),
     "t5": Family(
         "encoder.block",
-        _before("layer.0.SelfAttention", "layer.0.layer_norm", "layer.1.DenseReluDense",
-                "layer.1.layer_norm"),
+        _before(
+            "layer.0.SelfAttention",
+            "layer.0.layer_norm",
+            "layer.1.DenseReluDense",
+            "layer.1.layer_norm",
+        ),
     ),
 }
 

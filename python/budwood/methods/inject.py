@@ -15,7 +15,12 @@ from ..slots import EmbeddingSlot, LinearSlot
 from .mirror import Mirror, mirror_of
 
 _BLOCKS = {
-    "BOTTLENECK", "PARALLEL_ADAPTER", "COMPACTER", "PREFIX_TUNING", "ADAPTION_PROMPT", "REFT",
+    "BOTTLENECK",
+    "PARALLEL_ADAPTER",
+    "COMPACTER",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "REFT",
 }
 
 

@@ -88,7 +88,8 @@ class ForwardHook:
         embedded = None if late else self.model.get_input_embeddings()(ids)
         width = index.shape[1]
         rows = torch.where(
-            index >= 0, index + ids.shape[1] * torch.arange(len(ids), device=ids.device)[:, None],
+            index >= 0,
+            index + ids.shape[1] * torch.arange(len(ids), device=ids.device)[:, None],
             index,
         )
         if late:
@@ -108,8 +109,7 @@ class ForwardHook:
             kwargs["token_type_ids"] = torch.where(real, types.gather(1, source), 0)
         left_padded = bool((full_mask[:, 0] == 0).any())
         if not late and (
-            kwargs.get("position_ids") is not None
-            or (left_padded and "position_ids" in self.names)
+            kwargs.get("position_ids") is not None or (left_padded and "position_ids" in self.names)
         ):
             kwargs["position_ids"] = _positions(full_mask, len(ids), width, 0, ids.device)
 

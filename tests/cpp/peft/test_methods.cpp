@@ -36,8 +36,7 @@ struct Places : torch::nn::Module {
     torch::manual_seed(1);
     const auto linear = [&](int64_t out, int64_t in) {
       const auto w = torch::randn({out, in});
-      return LinearSlot(packed ? quant::quantize(w, {.block_size = 32})
-                               : quant::Weight::dense(w),
+      return LinearSlot(packed ? quant::quantize(w, {.block_size = 32}) : quant::Weight::dense(w),
                         torch::randn({out}));
     };
     up = register_module("up", linear(64, 32));
@@ -93,15 +92,14 @@ void check_dora_gradients(Places& model, const LoraConfig& config, const at::Ten
   const auto w = dense(model.up), wide = x.to(at::kDouble);
   const double s = config.lora_alpha / 4;
   const auto n = (w + s * b.mm(a)).norm(2, {1}).detach();
-  const auto formula = m / n * (wide.mm(w.t()) + s * wide.mm(a.t()).mm(b.t())) +
-                       model.up->bias().to(at::kDouble);
+  const auto formula =
+      m / n * (wide.mm(w.t()) + s * wide.mm(a.t()).mm(b.t())) + model.up->bias().to(at::kDouble);
   formula.square().sum().backward();
   run(model.up, x).square().sum().backward();
   size_t i = 0;
   for (const auto& wanted : {a, b, m}) {
     const auto got = up[i++].second.grad().to(at::kDouble);
-    CHECK((got - wanted.grad()).norm().item<double>() <
-          1e-4 * wanted.grad().norm().item<double>());
+    CHECK((got - wanted.grad()).norm().item<double>() < 1e-4 * wanted.grad().norm().item<double>());
   }
 }
 
@@ -119,7 +117,8 @@ TEST_CASE("IA3 scales outputs, and inputs of feed-forward places") {
   randomise(model, 1.0);
   const auto trained = trainable_parameters(model);
   const auto l_up = trained[0].second.flatten(), l_down = trained[1].second.flatten();
-  const auto h = torch::silu(l_up * (torch::linear(x, model.up->weight().parts[0]) + model.up->bias()));
+  const auto h =
+      torch::silu(l_up * (torch::linear(x, model.up->weight().parts[0]) + model.up->bias()));
   const auto wanted = torch::linear(l_down * h, model.down->weight().parts[0], model.down->bias());
   CHECK(torch::allclose(model.forward(x), wanted, 1e-4, 1e-4));
   check_gradients(model, [&] { return model.forward(x).square().mean(); });
@@ -277,7 +276,8 @@ TEST_CASE("the bottlenecks of AdapterHub's golden numbers") {
   houlsby->non_linearity = "relu";
   const auto parallel = std::make_shared<ParallelAdapterConfig>();
   for (const auto& [config, wanted] :
-       {Golden{pfeiffer, {6.6f, -2.55f}}, Golden{houlsby, {9.6f, -7.05f}}, Golden{parallel, {4.4f, 1.8f}}}) {
+       {Golden{pfeiffer, {6.6f, -2.55f}}, Golden{houlsby, {9.6f, -7.05f}},
+        Golden{parallel, {4.4f, 1.8f}}}) {
     torch::nn::Module model;
     BlockSlot block = model.register_module("output_adapters", BlockSlot("feed_forward", 0, 2));
     config->reduction_factor = 2;
@@ -305,7 +305,9 @@ TEST_CASE("Compacter is the matrix of Kronecker products that it never forms") {
   randomise(model);
   std::map<std::string, at::Tensor> t;
   for (const auto& [key, tensor] : adapter_tensors(model, "default"))
-    t[key.substr(key.find("output_adapters.") == std::string::npos ? 0 : key.find("output_adapters.") + 16)] = tensor.detach();
+    t[key.substr(key.find("output_adapters.") == std::string::npos
+                     ? 0
+                     : key.find("output_adapters.") + 16)] = tensor.detach();
   const auto rule = t.at("base_model.model.shared_parameters.phm_rule");
   const auto matrix = [&](const std::string& name) {
     at::Tensor sum;
@@ -316,8 +318,9 @@ TEST_CASE("Compacter is the matrix of Kronecker products that it never forms") {
     return sum;
   };
   const auto h = torch::randn({5, 16}), x = torch::randn({5, 16});
-  const auto f = (h.mm(matrix("adapter_down.0")) + t.at("adapter_down.0.b")).mm(matrix("adapter_up")) +
-                 t.at("adapter_up.b");
+  const auto f =
+      (h.mm(matrix("adapter_down.0")) + t.at("adapter_down.0.b")).mm(matrix("adapter_up")) +
+      t.at("adapter_up.b");
   const auto out = block->forward(h, x, {}, {.cu = {0, 5}});
   CHECK(torch::allclose(out, x + h + f, 1e-4, 1e-4));
   check_gradients(model, [&] { return block->forward(h, x, {}, {.cu = {0, 5}}).square().mean(); });
@@ -367,7 +370,8 @@ TEST_CASE("a method at a place it cannot attach to is refused, and the model sta
   Places model;
   auto ia3 = std::make_shared<IA3Config>();
   ia3->target_modules = List{"table"};
-  CHECK_THROWS_WITH_AS(inject(model, ia3), doctest::Contains("IA3 attaches to Linear slots"), Error);
+  CHECK_THROWS_WITH_AS(inject(model, ia3), doctest::Contains("IA3 attaches to Linear slots"),
+                       Error);
   auto prefix = std::make_shared<PrefixTuningConfig>();
   prefix->num_virtual_tokens = 3;
   prefix->num_layers = 2;
@@ -379,7 +383,8 @@ TEST_CASE("a method at a place it cannot attach to is refused, and the model sta
   auto lora = std::make_shared<LoraConfig>();
   lora->target_modules = List{"up"};
   inject(model, lora, "two");
-  CHECK_THROWS_WITH_AS(set_active(model, {"one", "two"}), doctest::Contains("beside another"), Error);
+  CHECK_THROWS_WITH_AS(set_active(model, {"one", "two"}), doctest::Contains("beside another"),
+                       Error);
   CHECK(model.up->adapter_names().size() == 2);
 }
 

@@ -26,20 +26,35 @@ IDS = torch.tensor([[3, 9, 14, 7, 21, 5], [8, 2, 30, 11, 4, 19]])
 BASES = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
         )
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=32, n_embd=16, n_layer=2, n_head=4, n_positions=32, bos_token_id=1,
+            vocab_size=32,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            n_positions=32,
+            bos_token_id=1,
             eos_token_id=2,
         )
     ),
     "bert": lambda: transformers.BertForSequenceClassification(
         transformers.BertConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=32, num_labels=3,
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            num_labels=3,
         )
     ),
 }
@@ -48,13 +63,26 @@ METHODS = {
     "double_seq_bn": lambda: DoubleSeqBnConfig(reduction_factor={"0": 4, "default": 8}),
     "par_bn": lambda: ParBnConfig(reduction_factor=2, mh_adapter=True),
     "options": lambda: BnConfig(
-        mh_adapter=True, output_adapter=True, reduction_factor=4, non_linearity="gelu",
-        ln_before=True, ln_after=True, use_gating=True, scaling="channel",
-        original_ln_before=True, residual_before_ln=False,
+        mh_adapter=True,
+        output_adapter=True,
+        reduction_factor=4,
+        non_linearity="gelu",
+        ln_before=True,
+        ln_after=True,
+        use_gating=True,
+        scaling="channel",
+        original_ln_before=True,
+        residual_before_ln=False,
     ),
     "learned": lambda: BnConfig(
-        mh_adapter=True, output_adapter=True, reduction_factor=4, non_linearity="leakyrelu",
-        scaling="learned", adapter_residual_before_ln=True, ln_after=True, leave_out=[1],
+        mh_adapter=True,
+        output_adapter=True,
+        reduction_factor=4,
+        non_linearity="leakyrelu",
+        scaling="learned",
+        adapter_residual_before_ln=True,
+        ln_after=True,
+        leave_out=[1],
     ),
     "compacter": lambda: CompacterConfig(reduction_factor=4, phm_dim=2),
     "prefix_mlp": lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=5),

@@ -23,8 +23,9 @@ TEST_CASE(
     const auto found = torch::autograd::grad({loss * 3}, {hidden, head});
     for (size_t i = 0; i < 2; ++i) CHECK(torch::allclose(found[i], 3 * exact[i], 1e-5, 1e-6));
     torch::NoGradGuard no_grad;
-    CHECK(std::abs(linear_cross_entropy(hidden, labels, project, {}, {.chunk = chunk}).item<double>() -
-                   whole.item<double>()) < 1e-5);
+    CHECK(std::abs(
+              linear_cross_entropy(hidden, labels, project, {}, {.chunk = chunk}).item<double>() -
+              whole.item<double>()) < 1e-5);
   }
 }
 

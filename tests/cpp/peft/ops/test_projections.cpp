@@ -46,8 +46,8 @@ std::vector<Projection> three(bool packed) {
   std::vector<Projection> all;
   for (const int64_t out : {7, 5, 3}) {
     const auto w = torch::randn({out, 12});
-    all.push_back({.weight = packed ? budwood::quant::quantize(w, {.format = "int8"})
-                                    : Weight::dense(w)});
+    all.push_back(
+        {.weight = packed ? budwood::quant::quantize(w, {.format = "int8"}) : Weight::dense(w)});
   }
   all[0].bias = random({7});
   for (const size_t i : {0, 2}) {
@@ -85,8 +85,8 @@ TEST_CASE("projections of one reading have the formula's values and gradients") 
       for (const auto& leaf : leaves)
         exact_leaves.push_back(leaf.detach().to(at::kDouble).requires_grad_());
       size_t next = reading.source.inputs.size();
-      const auto x = reading.formula({exact_leaves.begin(),
-                                      exact_leaves.begin() + static_cast<int64_t>(next)});
+      const auto x = reading.formula(
+          {exact_leaves.begin(), exact_leaves.begin() + static_cast<int64_t>(next)});
       Tensors wanted, slopes;
       for (const auto& p : projections) {
         auto y = x.matmul(p.weight.rows(0, p.weight.out, at::kDouble).t());

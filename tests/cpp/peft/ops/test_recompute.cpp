@@ -42,8 +42,8 @@ TEST_CASE("a block that runs again has the gradients of one that is kept, dropou
 TEST_CASE("parameters get gradients though the input requires none") {
   Case c;
   const auto x = c.x.detach();
-  const auto y = budwood::ops::recompute([&](const at::Tensor& t) { return t.matmul(c.w); }, x,
-                                         {c.w});
+  const auto y =
+      budwood::ops::recompute([&](const at::Tensor& t) { return t.matmul(c.w); }, x, {c.w});
   y.sum().backward();
   CHECK(torch::allclose(c.w.grad(), x.t().matmul(torch::ones({8, 6}))));
 }
