@@ -95,6 +95,10 @@ std::string evaluation_json(int64_t step, const Evaluation& evaluation) {
 }
 
 double peak_rss_mb() {
+  // Not ru_maxrss, in which the memory of the program that started this one counts.
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.starts_with("VmHWM:")) return std::stod(line.substr(6)) / 1024.0;
   struct rusage usage = {};
   ::getrusage(RUSAGE_SELF, &usage);
   return static_cast<double>(usage.ru_maxrss) / 1024.0;

@@ -216,6 +216,15 @@ def interrupt_and_wait():
     time.sleep(5)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal; a process in the background starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_python_keeps_its_own_handler_after_a_run(tmp_path, tiny_folder):
     data = make_rows(tmp_path / "x")
     _C.Trainer(adapted(tiny_folder("llama")), data, None, {**OPTIONS, "steps": 1}).run()
