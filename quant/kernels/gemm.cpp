@@ -1,3 +1,4 @@
+#include <budwood/quant/kernels/bf16_choice.h>
 #include <budwood/quant/kernels/gemm_job.h>
 #include <budwood/quant/kernels/isa.h>
 
@@ -349,7 +350,7 @@ Job::Job(const Matrix& matrix, bool transpose, const FloatRows& x_rows, int64_t 
     : w(matrix), transposed(transpose), x(x_rows), m(rows), y(y_rows), options(how) {
   n = transposed ? w.rows() : w.cols();
   k = transposed ? w.cols() : w.rows();
-  bf16 = x.type == FloatType::bf16 && !options.exact && has_avx512_bf16();
+  bf16 = x.type == FloatType::bf16 && !options.exact && multiplies_in_bf16();
   if (!transposed) {
     panels = std::max<int64_t>(1, w.block() / kPanelWidth);
     // A long x, the gradient of logits, is read from memory for each group.

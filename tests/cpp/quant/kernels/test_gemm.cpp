@@ -1,3 +1,4 @@
+#include <budwood/quant/kernels/bf16_choice.h>
 #include <budwood/quant/kernels/gemm.h>
 #include <budwood/quant/kernels/int8.h>
 #include <doctest/doctest.h>
@@ -176,6 +177,7 @@ TEST_CASE("every instruction set and every number of threads gives the same bits
         p.rank = 5;
         p.bias = true;
         const auto wanted = [&] {
+          const ScopedBf16 arithmetic(false);
           const ScopedIsa scope(m < 100               ? Isa::scalar
                                 : wide_isas().empty() ? Isa::scalar
                                                       : wide_isas()[0]);
@@ -183,14 +185,19 @@ TEST_CASE("every instruction set and every number of threads gives the same bits
         }();
         for (const Isa isa : wide_isas()) {
           const ScopedIsa scope(isa);
-          const bool own_bits =
-              type == FloatType::bf16 && has_avx512_bf16() && (m > 8 || !transposed);
-          const auto base = own_bits ? p.product() : wanted;
           CAPTURE(isa_name(isa));
           CAPTURE(m);
           CAPTURE(transposed);
-          for (const int threads : {1, 2, 3, 8}) {
-            CHECK(p.product(threads) == base);
+          for (const bool bf16 : {false, true}) {
+            if (bf16 && !has_avx512_bf16()) {
+              continue;
+            }
+            const ScopedBf16 arithmetic(bf16);
+            const bool own_bits = type == FloatType::bf16 && bf16 && (m > 8 || !transposed);
+            const auto base = own_bits ? p.product() : wanted;
+            for (const int threads : {1, 2, 3, 8}) {
+              CHECK(p.product(threads) == base);
+            }
           }
         }
       }
