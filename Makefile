@@ -2,7 +2,7 @@
 # make test   build everything and run every test
 # make cuda-check   the same with CUDA kernels and a torch that has CUDA (5 GB; needs nvcc, no GPU)
 # make matrix   every method on every model, form of base and side, as a table
-# make lint | bench | clean
+# make lint | bench | bench-report | clean
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -32,7 +32,7 @@ endif
 sources := $(shell find quant peft bindings tools cmake python tests/cpp -type f \
   -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml VERSION
 
-.PHONY: help demo test matrix cuda-check lint bench clean build system check-consumer
+.PHONY: help demo test matrix cuda-check lint bench bench-report clean build system check-consumer
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -118,6 +118,10 @@ lint: $(VENV)/.ready
 
 bench: build
 	$(py) benchmarks/step.py
+
+# docs/benchmarks.md and its plot, all measured anew where nothing is known of this machine
+bench-report: build
+	$(py) benchmarks/report.py
 
 clean:
 	rm -rf build $(VENV) $(CUDA_VENV) demo-out

@@ -29,7 +29,7 @@ HELD_OUT_FROM, HELD_OUT_TOKENS = 2000, 8192
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 METHODS = {
     "lora": ("LoraConfig", LORA, 1e-3, {}),
-    "rslora": ("LoraConfig", {**LORA, "lora_alpha": 8, "use_rslora": True}, 1e-3, {}),
+    "rslora": ("LoraConfig", {**LORA, "lora_alpha": 16, "use_rslora": True}, 1e-3, {}),
     "lora+": ("LoraConfig", LORA, 5e-4, {"lora_plus_ratio": 8.0}),
     "lora-fa": ("LoraConfig", LORA, 2e-3, {"optimizer": "lora_fa"}),
     "dora": ("LoraConfig", {**LORA, "use_dora": True}, 1e-3, {}),
@@ -42,8 +42,6 @@ METHODS = {
             "target_r": 8,
             "lora_alpha": 32,
             "target_modules": "all-linear",
-            "tinit": 10,
-            "tfinal": 20,
             "total_step": None,
         },
         2e-3,
@@ -104,10 +102,11 @@ def worker(name: str, files: dict[str, str], steps: int) -> None:
     from budwood import _C
 
     torch.set_num_threads(2)
-    kind, arguments, rate, extra = METHODS[name]
+    kind, arguments, rate, extra = METHODS.get(name, ("", {}, 0.0, {}))
     arguments = dict(arguments)
     if "total_step" in arguments:
-        arguments["total_step"] = steps
+        # The ranks fall from a sixth of the run to its last third.
+        arguments.update(total_step=steps, tinit=steps // 6, tfinal=steps // 3)
     model = _C.load_model(files["model"], weights="dense")
     held_out = _C.Sampler(
         _C.TokenFile.open(files["eval"]), sequence_length=WINDOW, batch_size=ROWS, shuffle=False

@@ -104,7 +104,7 @@ def write_page(known: dict) -> None:
         "",
         f"{machine['cpu']}; " + ", ".join(f"{p} {machine[p]}" for p in PEERS) + ".",
         "",
-        "`python benchmarks/report.py` makes this page; `benchmarks/step.py` says what the",
+        "`make bench-report` makes this page; `benchmarks/step.py` says what the",
         "contenders are.",
         "",
         "![time per token and peak memory](benchmarks.png)",

@@ -192,6 +192,14 @@ auto bind_method(py::module_& m, const char* name, const char* doc) {
   type.def_static(
       "defaults", [] { return std::make_shared<T>(); },
       "The configuration with its default values, whether they are enough or not.");
+  type.def(
+      "option_names",
+      [](T& self) {
+        std::vector<std::string> names;
+        for (const auto& field : self.fields()) names.push_back(field.name);
+        return names;
+      },
+      "All options, those that stand in no file unless they are set, too.");
   type.def(py::init([](const py::kwargs& options) {
     auto config = std::make_shared<T>();
     budwood::set_fields(*config, to_json(options), Strictness::strict);

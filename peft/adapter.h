@@ -40,6 +40,9 @@ class Adapter : public torch::nn::Module {
   virtual AdapterState shared_state() const { return {}; }
   /// What only Budwood needs to go on training, below this place's path; may be missing in a file.
   virtual AdapterState private_state() const { return {}; }
+  /// What else changes while it is trained and decides how training goes on: kept in checkpoints
+  /// only. Writing into these tensors changes the adapter.
+  virtual AdapterState training_state() const { return {}; }
   /// Called after a file was read into the tensors above; `found` are the names that it had of the
   /// private and shared ones. Throws Error when the adapter is of no use without the others.
   virtual void loaded(const std::vector<std::string>& /*found*/) {}

@@ -32,6 +32,12 @@ AdaLora::AdaLora(std::shared_ptr<const AdaLoraConfig> config, const LinearBase& 
     importance_.push_back(at::zeros_like(p).detach());
     uncertainty_.push_back(at::zeros_like(p).detach());
   }
+  kept_ = at::ones({rank}, at::kBool);
+  final_ = at::zeros({}, at::kBool);
+}
+
+bool AdaLora::is_final() const {
+  return final_.item<bool>();
 }
 
 const AdaLoraConfig& AdaLora::own() const {
@@ -52,15 +58,25 @@ LinearTerm AdaLora::term(const LinearBase&) const {
 }
 
 AdapterState AdaLora::state() const {
-  if (!final_) return {{"lora_A", lora_a_}, {"lora_B", lora_b_}, {"lora_E", lora_e_}};
+  if (!is_final()) return {{"lora_A", lora_a_}, {"lora_B", lora_b_}, {"lora_E", lora_e_}};
   const auto chosen = kept_.nonzero().flatten();
   return {{"lora_A", lora_a_.detach().index_select(0, chosen)},
           {"lora_B", lora_b_.detach().index_select(1, chosen)},
           {"lora_E", lora_e_.detach().index_select(0, chosen)}};
 }
 
+AdapterState AdaLora::training_state() const {
+  auto all = averages();
+  all.emplace_back("kept", kept_);
+  all.emplace_back("final", final_);
+  return all;
+}
+
 AdapterState AdaLora::private_state() const {
-  if (final_) return {};
+  return is_final() ? AdapterState() : averages();
+}
+
+AdapterState AdaLora::averages() const {
   AdapterState all;
   const char* names[] = {"A", "B", "E"};
   for (size_t i = 0; i < 3; ++i) {
@@ -71,7 +87,7 @@ AdapterState AdaLora::private_state() const {
 }
 
 void AdaLora::describe(AdapterConfig& saved, const std::string& path) const {
-  if (!final_) return;
+  if (!is_final()) return;
   auto& config = static_cast<AdaLoraConfig&>(saved);
   auto all = config.kept_by_path();
   auto& flags = all[path];
@@ -106,13 +122,12 @@ at::Tensor AdaLora::scores() const {
 }
 
 void AdaLora::keep(const at::Tensor& kept, bool final) {
-  kept_ = kept;
-  final_ = final;
+  kept_.copy_(kept);
+  final_.fill_(final);
   mask_again();
 }
 
 void AdaLora::mask_again() {
-  if (!kept_.defined()) return;
   at::NoGradGuard no_grad;
   lora_e_.masked_fill_(kept_.logical_not().unsqueeze(1), 0.0);
 }

@@ -25,6 +25,7 @@ class AdaLora final : public LinearAdapter {
   /// Once the ranks are final only the triplets that are kept.
   AdapterState state() const override;
   AdapterState private_state() const override;
+  AdapterState training_state() const override;
   void describe(AdapterConfig& saved, const std::string& path) const override;
   std::string trained_bias() const override;
   int64_t rank() const override { return lora_a_.size(0); }
@@ -40,15 +41,16 @@ class AdaLora final : public LinearAdapter {
   void keep(const at::Tensor& kept, bool final);
   /// Sets E of what is not kept to 0 again.
   void mask_again();
-  /// The triplets that are kept [r], once there was an allocation.
-  const at::Tensor& kept() const { return kept_; }
 
  private:
   const AdaLoraConfig& own() const;
 
   at::Tensor lora_a_, lora_b_, lora_e_;
-  at::Tensor kept_;  // bool [r]
-  bool final_ = false;
+  bool is_final() const;
+  AdapterState averages() const;
+
+  at::Tensor kept_;   // bool [r]: the triplets that the last allocation kept
+  at::Tensor final_;  // bool []: whether that was the last
   std::vector<at::Tensor> importance_, uncertainty_;  // of A, B, E
 };
 

@@ -35,6 +35,16 @@ std::string shown_option(const std::string& options, const std::string& name) {
   return json.contains(name) ? shown(json.at(name)) : "not set";
 }
 
+// What adapters keep beside their parameters, by the paths of the adapters.
+NamedTensors adapter_state(const torch::nn::Module& model) {
+  NamedTensors tensors;
+  for (const auto& item : model.named_modules("", /*include_self=*/false))
+    if (const auto* adapter = dynamic_cast<const Adapter*>(item.value().get()))
+      for (const auto& [name, tensor] : adapter->training_state())
+        tensors.emplace_back("adapter." + item.key() + "." + name, tensor);
+  return tensors;
+}
+
 }  // namespace
 
 NamedTensors Trainer::random_state() const {
@@ -123,10 +133,16 @@ void Trainer::restore(const Checkpoint& checkpoint) {
                       own.first));
     random.emplace_back(own.first, it->second.clone());
   }
+  for (const auto& [name, own] : adapter_state(*model_)) {
+    const auto it = tensors.find(name);
+    if (it == tensors.end() || it->second.sizes() != own.sizes())
+      fail(fmt::format("it has no fitting {}", name));
+  }
   sampler_.restore(saved.position);
   optimizer_.restore(checkpoint.tensors);
   at::NoGradGuard no_grad;
   for (const auto& [path, p] : optimizer_.parameters()) p.copy_(tensors.at("parameter." + path));
+  for (auto& [name, own] : adapter_state(*model_)) own.copy_(tensors.at(name));
   random_ = std::move(random);
 
   const auto now = state_;
@@ -142,7 +158,7 @@ void Trainer::save() {
   Checkpoint checkpoint{state_, {}};
   for (const auto& [path, p] : optimizer_.parameters())
     checkpoint.tensors.emplace_back("parameter." + path, p);
-  for (const auto& part : {optimizer_.state(), random_state()})
+  for (const auto& part : {optimizer_.state(), random_state(), adapter_state(*model_)})
     checkpoint.tensors.insert(checkpoint.tensors.end(), part.begin(), part.end());
   save_checkpoint(
       checkpoint_path(options_.output, state_.step), checkpoint,

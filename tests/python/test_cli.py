@@ -15,8 +15,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 from tiny_tokenizer import save_tiny_llama
 
+import budwood
 from budwood import _C
 from budwood.cli import main
 
@@ -100,6 +102,54 @@ def test_training_writes_an_adapter_that_hf_peft_opens_with_the_same_logits(trai
         wanted, without = theirs(ids).logits, _C.load_model(str(model))(ids)
         torch.testing.assert_close(ours(ids), wanted, rtol=1e-4, atol=1e-4)
     assert (wanted - without).abs().max() > 1e-3  # it learned something
+
+
+METHODS = {
+    "adalora": {"init_r": 4, "target_r": 2, "total_step": 6, "target_modules": "all-linear"},
+    "vera": {"r": 8, "target_modules": ["q_proj", "o_proj"]},
+    "dylora": {"r": 4, "target_modules": "all-linear"},
+    "ia3": {},
+    "bottleneck": {"reduction_factor": 4},
+    "parallel": {},
+    "compacter": {"reduction_factor": 4},
+    "prefix": {"num_virtual_tokens": 4},
+    "prompt": {"num_virtual_tokens": 4, "placement": "after_bos"},
+    "p_tuning": {"num_virtual_tokens": 4},
+    "llama_adapter": {"adapter_len": 4, "adapter_layers": 1},
+    "reft": {"r": 2},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_trained_resumed_and_read_again(method, model, rows, tmp_path, capsys):
+    values = settings(model, rows, tmp_path / "whole", save_every=3)
+    values["adapter"] = {"method": method, **METHODS[method]}
+    if method == "prompt":  # starts at random vectors and has few steps to leave them
+        values["train"]["learning_rate"] = 0.3
+    config = write(tmp_path / "run.yaml", values)
+    assert main(["train", str(config)]) == 0
+    cut = [f"output={tmp_path / 'cut'}", "train.schedule=constant"]
+    whole = [f"output={tmp_path / 'constant'}", "train.schedule=constant"]
+    assert main(["train", str(config), *whole]) == 0
+    assert main(["train", str(config), *cut, "train.steps=3"]) == 0
+    assert main(["train", str(config), *cut, "--resume"]) == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "constant" / name).read_bytes()
+    plain = figures(capsys, "eval", "-m", str(model), str(rows))
+    adapted = figures(capsys, "eval", "-m", str(model), "-a", str(tmp_path / "whole"), str(rows))
+    assert adapted["loss"] < plain["loss"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    budwood.PeftModel.from_pretrained(base, tmp_path / "whole")
+
+
+def test_lora_fa_leaves_a_as_it_started(model, rows, tmp_path):
+    values = settings(model, rows, tmp_path / "fa", optimizer="lora_fa", lora_plus_ratio=4.0)
+    assert main(["train", str(write(tmp_path / "fa.yaml", values))]) == 0
+    fresh = _C.load_model(str(model))
+    _C.inject(fresh, _C.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), "default", 0)
+    trained = load_file(tmp_path / "fa" / "adapter_model.safetensors")
+    for key, tensor in _C.adapter_tensors(fresh, "default"):
+        assert torch.equal(trained[key], tensor) == ("lora_A" in key), key
 
 
 def test_the_output_folder_holds_the_settings_as_used_and_they_run_again(trained, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -143,7 +144,8 @@ def check(values: dict[str, Any], source: str) -> Settings:
         )
     adapter_defaults = getattr(_C, METHODS[method]).defaults().to_dict()
     _type(name, str, "adapter.name", source)
-    _known(adapter, {**adapter_defaults, "method": None, "name": None}, "adapter.", source)
+    names = getattr(_C, METHODS[method]).defaults().option_names()
+    _known(adapter, [*names, "method", "name"], "adapter.", source)
 
     resume = top["resume"]
     if not isinstance(resume, (bool, str)):
@@ -248,7 +250,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         raise Error(f"[train] {text!r}: {' '.join(str(error).split())}") from None
 
 
-def _known(values: dict[str, Any], known: dict[str, Any], prefix: str, source: str) -> None:
+def _known(values: dict[str, Any], known: Iterable[str], prefix: str, source: str) -> None:
     for key in values:
         if key in known:
             continue
