@@ -41,8 +41,11 @@ Collected collect(torch::nn::Module& model, const std::string& name) {
     all.paths.push_back(path);
     all.adapters.emplace_back(path, adapter);
     bias = adapter->trained_bias();
+    // HF PEFT gives whole modules beside virtual tokens a shorter key.
+    const bool beside = adapter->companion() && adapter->config()->is_prompt_learning();
+    const auto prefix = beside ? std::string("base_model.") : kPrefix;
     for (const auto& [suffix, tensor] : adapter->state())
-      all.tensors[kPrefix + path + "." + suffix] = tensor;
+      all.tensors[prefix + path + "." + suffix] = tensor;
     for (const auto& [key, tensor] : adapter->shared_state())
       (key.starts_with(kPrivate) ? all.optional : all.tensors)[key] = tensor;
     for (const auto& [suffix, tensor] : adapter->private_state())
