@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--only", default="", help="titles that contain this")
+    parser.add_argument("--only", default="", help="the title, or a part of several titles")
     args = parser.parse_args()
     rounds = args.rounds or (3 if args.quick else 5)
     machine = {"cpu": cpu_name(), "rounds": rounds, **{p: version(p) for p in PEERS}}
@@ -62,7 +62,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = None
         for title, options, contenders in CASES[: QUICK if args.quick else None]:
-            if title in known["cases"] or args.only not in title:
+            exact = any(args.only == other for other, _, _ in CASES)
+            wanted = args.only == title if exact else args.only in title
+            if title in known["cases"] or not wanted:
                 continue
             model = model or str(prepare_model(Path(scratch) / "model"))
             print(f"== {title}", flush=True)
