@@ -52,7 +52,8 @@ METHODS = {
     "ia3": ("IA3Config", {}, 1e-2, {}),
     "houlsby": ("BottleneckConfig.houlsby", {"reduction_factor": 16}, 1e-3, {}),
     "pfeiffer": ("BottleneckConfig", {"reduction_factor": 16}, 1e-3, {}),
-    "parallel": ("ParallelAdapterConfig", {"reduction_factor": 4, "scaling": 4.0}, 1e-3, {}),
+    # It reads the residual stream, which is not normalised here, so its steps are small.
+    "parallel": ("ParallelAdapterConfig", {"reduction_factor": 4, "scaling": 4.0}, 1e-4, {}),
     "compacter": ("CompacterConfig", {"reduction_factor": 8}, 3e-3, {}),
     "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 20}, 1e-2, {}),
     "prefix-mlp": (
