@@ -51,6 +51,10 @@ RowGroups row_groups(const std::vector<int64_t>& cu, const std::vector<std::stri
 }
 
 UseAdapters::UseAdapters(torch::nn::Module& model, RowGroups groups) : model_(model) {
+  for (const auto& module : model.modules(/*include_self=*/false))
+    if (const auto* slot = dynamic_cast<const Slot*>(module.get()); slot && !slot->merged().empty())
+      throw Error("use_adapters",
+                  fmt::format("'{}' is merged into the base: unmerge it first", slot->merged()[0]));
   for (const auto& group : groups)
     if (!group.adapter.empty()) require_rows(model, group.adapter);
   set_groups(model, std::make_shared<const RowGroups>(std::move(groups)));

@@ -23,7 +23,8 @@ RowGroups row_groups(const std::vector<int64_t>& cu, const std::vector<std::stri
 
 /// For the length of a scope, which has to hold a backward too when blocks are checkpointed, rows
 /// use the adapter of their group, whatever is active. Throws Error for an adapter that is not
-/// attached or that is not a matter of rows: prefixes, prompts and what reads whole sequences.
+/// attached or that is not a matter of rows (prefixes, prompts and what reads whole sequences), and
+/// while something is merged.
 class UseAdapters {
  public:
   UseAdapters(torch::nn::Module& model, RowGroups groups);

@@ -2,6 +2,7 @@
 
 #include <budwood/peft/models/attend.h>
 #include <budwood/peft/ops/attention.h>
+#include <budwood/quant/error.h>
 #include <cmath>
 
 namespace budwood::models {
@@ -13,6 +14,11 @@ double attention_scale(int64_t head_dim) {
 int64_t prefix_tokens(const AttentionSlot& adapters) {
   const auto prefix = adapters->prefix();
   return prefix.k.defined() ? prefix.k.size(0) : 0;
+}
+
+void require_one_length(const TokenBatch& batch) {
+  if (batch.sequences() < 1 || batch.longest() * batch.sequences() != batch.tokens())
+    throw Error("hidden", "sequences that share a cache have one length");
 }
 
 at::Tensor token_positions(const AttentionSlot& adapters, const TokenBatch& batch,

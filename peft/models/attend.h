@@ -27,6 +27,8 @@ at::Tensor attend(const AttentionPart& part, const AttentionSlot& adapters, cons
 
 /// Keys that adapters put before those of each sequence.
 int64_t prefix_tokens(const AttentionSlot& adapters);
+/// Throws Error unless all sequences of a batch have one length, as those that share a cache must.
+void require_one_length(const TokenBatch& batch);
 /// Positions of a batch's tokens in view of these. In a batch that continues a cache they count
 /// from the cache's length, which includes such keys.
 at::Tensor token_positions(const AttentionSlot& adapters, const TokenBatch& batch, bool from_start);

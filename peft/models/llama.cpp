@@ -221,9 +221,7 @@ LlamaForCausalLM::LlamaForCausalLM(ModelConfig model_config, WeightSource& sourc
 }
 
 at::Tensor LlamaForCausalLM::hidden(const TokenBatch& given, KvCache* cache) {
-  if (cache && (given.sequences() < 1 || given.tokens() % given.sequences() != 0 ||
-                given.longest() * given.sequences() != given.tokens()))
-    throw Error("hidden", "sequences that share a cache have one length");
+  if (cache) require_one_length(given);
   const bool from_start = !cache || cache->length() == 0;
   const auto batch = from_start ? with_virtual_tokens(given).first : given;
   const auto& adapters = layers_.at(0)->adapters();

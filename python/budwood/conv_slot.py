@@ -48,26 +48,25 @@ class ConvSlot(LoraSlot):
         return a, b
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
         if not self.adapters_enabled:
-            return y
+            return self.base_layer(x, *args, **kwargs)
         if self.row_groups is not None:
-            return y + self.row_groups.apply(x, self._added_for).to(y.dtype)
+            return self.row_groups.apply(
+                x, lambda name, rows: self._forward_running(rows, [name] * (name in self.lora_A))
+            )
+        running = [n for n in self.active_adapters if n not in self.merged_adapters]
+        return self._forward_running(x, running, *args, **kwargs)
+
+    def _forward_running(
+        self, x: torch.Tensor, running: list[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
         dtype = y.dtype
-        for name in self.active_adapters:
-            if name not in self.merged_adapters:
-                y = y + self._added(name, x)
+        for name in running:
+            a, b = self.lora_A[name], self.lora_B[name]
+            u = a(self.lora_dropout[name](x.to(a.weight.dtype)))
+            y = y + b(u) * self.scaling[name]
         return y.to(dtype)
-
-    def _added(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        a, b = self.lora_A[name], self.lora_B[name]
-        return b(a(self.lora_dropout[name](x.to(a.weight.dtype)))) * self.scaling[name]
-
-    def _added_for(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if name in self.lora_A:
-            return self._added(name, x)
-        with torch.no_grad():
-            return torch.zeros_like(self.base_layer(x))
 
     @torch.no_grad()
     def delta(self, name: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import Error
 from .methods.attached import PlaceSlot
-from .switches import check_names, slots
+from .switches import check_names, slots, weight_slots
 
 BASE = "__base__"  #: HF PEFT's name for a row without an adapter
 
@@ -35,6 +35,9 @@ def use_adapters(model: nn.Module, names: list[str]) -> Iterator[None]:
                     f"[adapter_names] {name!r} is {kind}, which acts on whole sequences at {path}: "
                     "only adapters of layers can differ by row"
                 )
+    merged = [name for _, slot in weight_slots(model) for name in slot.merged_adapters]
+    if merged:
+        raise Error(f"[adapter_names] {merged[0]!r} is merged into the base: unmerge it first")
     rows = RowGroups(names)
     for _, slot in found:
         slot.row_groups = rows

@@ -63,28 +63,18 @@ class Slot(nn.Module):
         self.adapters_enabled = enabled
 
 
-class LoraSlot(Slot):
-    """A layer `base_layer` with LoRA adapters, factors under HF PEFT's names."""
+class WeightSlot(Slot):
+    """A layer `base_layer` whose weight adapters can be merged into."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_dropout = nn.ModuleDict()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._merge_again: list[str] = []
 
     @property
     def weight(self) -> torch.Tensor:
         return self.base_layer.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base_layer.bias
 
     @property
     def merged(self) -> bool:
@@ -94,8 +84,52 @@ class LoraSlot(Slot):
         """Whether the base holds an adapter, or will again when adapters are enabled."""
         return name in self.merged_adapters or name in self._merge_again
 
+    def require_unmerged(self, name: str) -> None:
+        """Raises when an adapter that is to be detached is merged."""
+        if self.is_merged(name):
+            raise Error(f"[detach] adapter {name!r} is merged into the base: unmerge it first")
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
+
+    def merge(self, names: list[str] | None = None) -> None:
+        """Folds adapters, by default the active ones, into a new weight."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Restores the base bit for bit."""
+        raise NotImplementedError
+
+    def base_before_merge(self) -> nn.Parameter | None:
+        """The base weight that a merge has set aside."""
+        raise NotImplementedError
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged_adapters:
+            merged = self.merged_adapters
+            self.unmerge()
+            self._merge_again = merged
+        elif enabled and self._merge_again:
+            names, self._merge_again = self._merge_again, []
+            self.merge(names)
+        super().enable_adapters(enabled)
+
+
+class LoraSlot(WeightSlot):
+    """A layer with LoRA adapters, their factors under HF PEFT's names."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
 
     def adapter_names(self) -> list[str]:
         return list(self.lora_A)
@@ -151,31 +185,12 @@ class LoraSlot(Slot):
         raise NotImplementedError
 
     def detach(self, name: str) -> None:
-        if self.is_merged(name):
-            raise Error(f"[detach] adapter {name!r} is merged into the base: unmerge it first")
+        self.require_unmerged(name)
         for held in (self.lora_A, self.lora_B, self.lora_dropout):
             del held[name]
         for values in (self.r, self.lora_alpha, self.scaling):
             del values[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]
-
-    def merge(self, names: list[str] | None = None) -> None:
-        """Folds adapters, by default the active ones, into a new weight."""
-        raise NotImplementedError
-
-    def unmerge(self) -> None:
-        """Restores the base bit for bit."""
-        raise NotImplementedError
-
-    def enable_adapters(self, enabled: bool) -> None:
-        if not enabled and self.merged_adapters:
-            merged = self.merged_adapters
-            self.unmerge()
-            self._merge_again = merged
-        elif enabled and self._merge_again:
-            names, self._merge_again = self._merge_again, []
-            self.merge(names)
-        self.adapters_enabled = enabled
 
     def extra_repr(self) -> str:
         return f"r={self.r}, active={self.active_adapters}, merged={self.merged_adapters}"
@@ -238,8 +253,7 @@ class LinearSlot(LoraSlot):
         if name not in self.adapters:
             super().detach(name)
             return
-        if self.is_merged(name):
-            raise Error(f"[detach] adapter {name!r} is merged into the base: unmerge it first")
+        self.require_unmerged(name)
         self.slot.detach(name)
         del self.adapters[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]
@@ -253,8 +267,6 @@ class LinearSlot(LoraSlot):
         return self._forward_running(x, running, *args, **kwargs)
 
     def _forward_by_rows(self, x: torch.Tensor) -> torch.Tensor:
-        if self.merged_adapters:
-            raise Error(f"[adapter_names] {self.merged_adapters} are merged into the base: unmerge")
         if not any(name in self.adapter_names() for name in self.row_groups.rows):
             return self.base_layer(x)
 
@@ -477,25 +489,14 @@ class LinearSlot(LoraSlot):
         return self
 
 
-class EmbeddingSlot(Slot):
+class EmbeddingSlot(WeightSlot):
     """A torch.nn.Embedding with adapters, whose arithmetic is C++'s. ids [...] -> [..., dim]."""
 
     def __init__(self, base_layer: nn.Embedding, slot: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.__dict__["slot"] = slot
         self.adapters = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
         self._unmerged: nn.Parameter | None = None
-        self._merge_again: list[str] = []
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.base_layer.weight
-
-    def is_merged(self, name: str) -> bool:
-        """Whether the table holds an adapter, or will again when adapters are enabled."""
-        return name in self.merged_adapters or name in self._merge_again
 
     def merge(self, names: list[str] | None = None) -> None:
         """Folds adapters into a new table, as LinearSlot does. A tied head keeps the old one."""
@@ -531,9 +532,6 @@ class EmbeddingSlot(Slot):
     def embedding_dim(self) -> int:
         return self.base_layer.embedding_dim
 
-    def get_base_layer(self) -> nn.Module:
-        return self.base_layer
-
     def adapter_names(self) -> list[str]:
         return list(self.adapters)
 
@@ -547,8 +545,7 @@ class EmbeddingSlot(Slot):
         self.adapters[name] = Attached(self.slot.adapter(name)).train(self.training)
 
     def detach(self, name: str) -> None:
-        if self.is_merged(name):
-            raise Error(f"[detach] adapter {name!r} is merged into the table: unmerge it first")
+        self.require_unmerged(name)
         self.slot.detach(name)
         del self.adapters[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]
@@ -558,13 +555,6 @@ class EmbeddingSlot(Slot):
         self.slot.set_active(self.active_adapters)
 
     def enable_adapters(self, enabled: bool) -> None:
-        if not enabled and self.merged_adapters:
-            merged = self.merged_adapters
-            self.unmerge()
-            self._merge_again = merged
-        elif enabled and self._merge_again:
-            names, self._merge_again = self._merge_again, []
-            self.merge(names)
         super().enable_adapters(enabled)
         self.slot.set_adapters_enabled(enabled)
 

@@ -9,7 +9,7 @@ from torch import nn
 from .biases import TrainedBiases
 from .errors import Error
 from .saved_modules import SavedModule
-from .slots import EmbeddingSlot, LinearSlot, LoraSlot, Slot
+from .slots import LinearSlot, Slot, WeightSlot
 
 _BIASES = "_budwood_biases"
 
@@ -28,10 +28,10 @@ def linear_slots(model: nn.Module) -> Iterator[tuple[str, LinearSlot]]:
             yield path, slot
 
 
-def weight_slots(model: nn.Module) -> Iterator[tuple[str, LoraSlot | EmbeddingSlot]]:
+def weight_slots(model: nn.Module) -> Iterator[tuple[str, WeightSlot]]:
     """All slots that have a weight to merge into, with their paths."""
     for path, slot in slots(model):
-        if isinstance(slot, (LoraSlot, EmbeddingSlot)):
+        if isinstance(slot, WeightSlot):
             yield path, slot
 
 
@@ -130,7 +130,7 @@ def merge(model: nn.Module, names: list[str] | None = None) -> None:
     _require_mergeable(model, active_adapters(model) if names is None else names)
     if not adapters_enabled(model):
         raise Error("[merge] the adapters are disabled: enable them first")
-    done: list[tuple[LoraSlot | EmbeddingSlot, list[str]]] = []
+    done: list[tuple[WeightSlot, list[str]]] = []
     for path, slot in weight_slots(model):
         before = list(slot.merged_adapters)
         try:
@@ -145,7 +145,7 @@ def merge(model: nn.Module, names: list[str] | None = None) -> None:
 
 def _require_mergeable(model: nn.Module, names: list[str]) -> None:
     for path, slot in slots(model):
-        if isinstance(slot, (LoraSlot, EmbeddingSlot, SavedModule)):
+        if isinstance(slot, (WeightSlot, SavedModule)):
             continue
         for name in names:
             if name in slot.adapter_names():
@@ -172,7 +172,7 @@ def remove_slots(model: nn.Module, keep_trained: bool) -> None:
     if biases is not None and not keep_trained:
         biases.set_active(model, False, False)
     for _, slot in list(slots(model)):
-        if isinstance(slot, (LoraSlot, EmbeddingSlot)):
+        if isinstance(slot, WeightSlot):
             replace(model, slot, slot.base_layer)
         elif isinstance(slot, SavedModule):
             replace(model, slot, slot.current() if keep_trained else slot.original_module)

@@ -10,7 +10,7 @@ from torch import nn
 from . import _C
 from .config import PeftConfig
 from .saved_modules import SavedModule
-from .slots import EmbeddingSlot, LoraSlot, Slot
+from .slots import Slot, WeightSlot
 from .weights import is_conv1d, is_linear
 
 
@@ -63,7 +63,7 @@ def match_targets(config: PeftConfig, model: nn.Module, strict: bool) -> Match:
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, (LoraSlot, EmbeddingSlot)):
+    if isinstance(module, WeightSlot):
         module = module.base_layer
     elif isinstance(module, SavedModule):
         module = module.original_module
