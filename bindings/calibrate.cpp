@@ -49,16 +49,19 @@ void bind_calibrate(py::module_& m) {
   m.def(
       "calibrate",
       [](CausalLM& model, const std::vector<std::vector<int64_t>>& sequences,
-         const std::string& method, int64_t bits, int64_t group_size, bool symmetric,
-         bool act_order, bool static_groups, double damping, std::vector<std::string> skip,
-         int64_t batch_tokens, int64_t search_tokens, const py::object& callback) {
+         const std::string& method, const std::string& format, int64_t bits, int64_t group_size,
+         bool symmetric, bool act_order, bool static_groups, bool double_quant, double damping,
+         std::vector<std::string> skip, int64_t batch_tokens, int64_t search_tokens,
+         const py::object& callback) {
         return run_calibrate(model, sequences,
                              {.method = method,
+                              .format = format,
                               .bits = bits,
                               .group_size = group_size,
                               .symmetric = symmetric,
                               .act_order = act_order,
                               .static_groups = static_groups,
+                              .double_quant = double_quant,
                               .damping = damping,
                               .skip = std::move(skip),
                               .batch_tokens = batch_tokens,
@@ -66,12 +69,14 @@ void bind_calibrate(py::module_& m) {
                              callback);
       },
       py::arg("model"), py::arg("sequences"), py::kw_only(), py::arg("method") = defaults.method,
-      py::arg("bits") = defaults.bits, py::arg("group_size") = defaults.group_size,
-      py::arg("symmetric") = defaults.symmetric, py::arg("act_order") = defaults.act_order,
-      py::arg("static_groups") = defaults.static_groups, py::arg("damping") = defaults.damping,
+      py::arg("format") = defaults.format, py::arg("bits") = defaults.bits,
+      py::arg("group_size") = defaults.group_size, py::arg("symmetric") = defaults.symmetric,
+      py::arg("act_order") = defaults.act_order, py::arg("static_groups") = defaults.static_groups,
+      py::arg("double_quant") = defaults.double_quant, py::arg("damping") = defaults.damping,
       py::arg("skip") = defaults.skip, py::arg("batch_tokens") = defaults.batch_tokens,
       py::arg("search_tokens") = defaults.search_tokens, py::arg("callback") = py::none(),
-      "Quantises a loaded model in place, block by block, to group-affine integers.\n\n"
+      "Quantises a loaded model in place, block by block, to group-affine integers or, with\n"
+      "method 'gptq' or 'rtn', to format 'nf4' or 'fp4' in blocks of group_size.\n\n"
       "method: 'gptq' and 'awq' look at the token sequences, 'hqq' and 'rtn' do not need any.\n"
       "Returns a dict for each projection: path, the relative output error of plain rounding and\n"
       "of the method over the sequences, the same of the weight, and AWQ's exponent.\n"

@@ -192,6 +192,15 @@ void bind_slots(py::module_& m) {
             return py::make_tuple(if_defined(kv.k), if_defined(kv.v));
           },
           "(keys, values), [T, kv_heads, head_dim] each, or (None, None).")
+      .def("gates_prefix", &AttentionSlotImpl::gates_prefix)
+      .def(
+          "gated_prefix",
+          [](const AttentionSlotImpl& slot, const at::Tensor& hidden, const py::dict& layout) {
+            const auto kv = slot.prefix(hidden, sequences_of(layout));
+            return py::make_tuple(if_defined(kv.k), if_defined(kv.v));
+          },
+          py::arg("hidden"), py::arg("layout"),
+          "The same [sequences, T, kv_heads, head_dim], times the gates of hidden states.")
       .def("position_shift", &AttentionSlotImpl::position_shift)
       .def("has_active", &AttentionSlotImpl::has_active)
       .def_property_readonly("head_dim", &AttentionSlotImpl::head_dim)

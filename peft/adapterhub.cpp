@@ -75,7 +75,7 @@ std::shared_ptr<AdapterConfig> prefix_config(const Json& given, const Json& whol
     config->encoder_input_size = integer_of(whole, "hidden_size", 0);
   }
   if (given.value("use_gating", false))
-    throw Error("adapterhub_config", "use_gating of a prefix is not available");
+    config->gating = given.value("shared_gating", true) ? "shared" : "separate";
   const auto activation = given.value("non_linearity", std::string("tanh"));
   if (config->prefix_projection && activation != "tanh")
     throw Error(
@@ -129,6 +129,9 @@ std::string own_key(const std::string& key, const std::string& hub, const Adapte
   if (config.peft_type == "PREFIX_TUNING") {
     const auto start =
         base + (base.empty() ? "" : ".") + "prefix_tuning.prefix_tunings." + hub + ".self_prefix.";
+    const auto gates = ".prefix_tuning.prefix_gates." + hub + ".";
+    if (const auto at = key.find(gates); at != std::string::npos)
+      return kPrefix + key.substr(0, at) + ".prefix_gate." + key.substr(at + gates.size());
     const auto at = key.find("prefix_tunings." + hub + ".self_prefix.");
     if (at == std::string::npos) return refuse();
     if (!key.starts_with(start)) return "";  // the same table again under a layer
@@ -326,10 +329,15 @@ void save_adapterhub(torch::nn::Module& model, const std::string& folder, const 
         tensors.emplace_back(start + "control_trans." + key.substr(33), tensor);
       }
     }
-    if (!projected)
-      for (const auto& [key, tensor] : adapter_tensors(model, name))
-        if (key == "prompt_embeddings")
-          tensors.emplace_back(start + "control_trans", tensor.flatten());
+    for (const auto& [key, tensor] : adapter_tensors(model, name)) {
+      if (!projected && key == "prompt_embeddings")
+        tensors.emplace_back(start + "control_trans", tensor.flatten());
+      const auto gate = key.find(".prefix_gate.");
+      if (gate != std::string::npos && key.starts_with(kPrefix))
+        tensors.emplace_back(key.substr(kPrefix.size(), gate - kPrefix.size()) +
+                                 ".prefix_tuning.prefix_gates." + name + key.substr(gate + 12),
+                             tensor);
+    }
     const int64_t width = projected ? *prefix.encoder_hidden_size : 512;
     options = {{"architecture", "prefix_tuning"},
                {"bottleneck_size", width},
@@ -341,8 +349,8 @@ void save_adapterhub(torch::nn::Module& model, const std::string& folder, const 
                {"leave_out", Json::array()},
                {"non_linearity", "tanh"},
                {"prefix_length", *prefix.num_virtual_tokens},
-               {"shared_gating", true},
-               {"use_gating", false}};
+               {"shared_gating", prefix.gating != "separate"},
+               {"use_gating", prefix.gating != "none"}};
   } else if (type == "PROMPT_TUNING") {
     const auto& prompt = static_cast<const PromptTuningConfig&>(*config);
     if (prompt.among != "embeddings")

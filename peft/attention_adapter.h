@@ -1,12 +1,14 @@
 #pragma once
 
 #include <budwood/peft/adapter.h>
+#include <budwood/peft/sequences.h>
 
 #include <functional>
 
 namespace budwood {
 
-/// Keys and values [T, kv_heads, head_dim]; undefined = none.
+/// Keys and values [T, kv_heads, head_dim], or [sequences, T, kv_heads, head_dim] where they differ
+/// by sequence; undefined = none.
 struct KeyValues {
   at::Tensor k = {}, v = {};
 };
@@ -20,6 +22,13 @@ class AttentionAdapter : public Adapter {
   /// Keys and values that every query of every sequence sees beside those of the tokens. They are
   /// used as they are: not rotated, not normalised.
   virtual KeyValues prefix() const { return {}; }
+  /// Whether gate() has something to say.
+  virtual bool gates_prefix() const { return false; }
+  /// Factors [sequences, 2] of these keys and of these values, from the hidden states [tokens,
+  /// hidden] or [batch, t, hidden] that the attention reads.
+  virtual at::Tensor gate(const at::Tensor& /*hidden*/, const Sequences& /*sequences*/) const {
+    return {};
+  }
   /// Whether the tokens' positions start after them.
   virtual bool moves_positions() const { return true; }
 

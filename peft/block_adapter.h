@@ -1,26 +1,11 @@
 #pragma once
 
 #include <budwood/peft/adapter.h>
+#include <budwood/peft/sequences.h>
 
 #include <functional>
-#include <optional>
-#include <string>
-#include <vector>
 
 namespace budwood {
-
-/// Where the sequences lie in hidden states [tokens, hidden].
-struct Sequences {
-  std::vector<int64_t> cu;  ///< [sequences + 1], the first row of each and the end
-  /// Tokens of each sequence that belong to its prompt; empty = all of them.
-  std::vector<int64_t> prompt = {};
-  /// Rows of padding before the first token of each sequence; empty = none.
-  std::vector<int64_t> padding = {};
-  /// Tokens of each sequence behind that; empty = all its rows.
-  std::vector<int64_t> tokens = {};
-  /// False while a cache continues sequences that were read before.
-  bool from_start = true;
-};
 
 /// What attaches to the output of a sub-layer (attention or feed-forward part).
 ///

@@ -174,6 +174,30 @@ KeyValues AttentionSlotImpl::prefix() const {
   return {at::cat(k), at::cat(v)};
 }
 
+KeyValues AttentionSlotImpl::prefix(const at::Tensor& hidden, const Sequences& sequences) const {
+  const auto count = static_cast<int64_t>(sequences.cu.size()) - 1;
+  std::vector<at::Tensor> k, v;
+  for (const auto* adapter : running_as<AttentionAdapter>()) {
+    const auto one = adapter->prefix();
+    if (!one.k.defined()) continue;
+    auto factors = at::ones({count, 2}, one.k.options());
+    if (adapter->gates_prefix()) factors = adapter->gate(hidden, sequences).to(one.k.scalar_type());
+    const auto times = [&](const at::Tensor& rows, int64_t column, double weight) {
+      return rows.unsqueeze(0) * (factors.select(1, column) * weight).view({count, 1, 1, 1});
+    };
+    k.push_back(times(one.k, 0, 1.0));
+    v.push_back(times(one.v, 1, adapter->weight()));
+  }
+  if (k.empty()) return {};
+  return {at::cat(k, 1), at::cat(v, 1)};
+}
+
+bool AttentionSlotImpl::gates_prefix() const {
+  const auto running = running_as<AttentionAdapter>();
+  return std::any_of(running.begin(), running.end(),
+                     [](const auto* adapter) { return adapter->gates_prefix(); });
+}
+
 int64_t AttentionSlotImpl::position_shift() const {
   int64_t shift = 0;
   for (const auto* adapter : running_as<AttentionAdapter>()) {
@@ -196,15 +220,20 @@ at::Tensor AttentionSlotImpl::beside(at::Tensor attended,
 
 at::Tensor with_prefix(const at::Tensor& prefix, const at::Tensor& rows,
                        const std::vector<int64_t>& cu) {
-  const int64_t t = prefix.size(0);
+  const bool own = prefix.dim() > rows.dim();  // each sequence has its own
+  const int64_t t = prefix.size(own ? 1 : 0);
+  const auto count = static_cast<int64_t>(cu.size()) - 1;
+  const int64_t prefixed = own ? count * t : t;
   std::vector<int64_t> order;
   order.reserve(static_cast<size_t>(rows.size(0)) + (cu.size() - 1) * static_cast<size_t>(t));
   for (size_t s = 0; s + 1 < cu.size(); ++s) {
-    for (int64_t i = 0; i < t; ++i) order.push_back(i);
-    for (int64_t i = cu[s]; i < cu[s + 1]; ++i) order.push_back(t + i);
+    const int64_t first = own ? static_cast<int64_t>(s) * t : 0;
+    for (int64_t i = 0; i < t; ++i) order.push_back(first + i);
+    for (int64_t i = cu[s]; i < cu[s + 1]; ++i) order.push_back(prefixed + i);
   }
+  const auto given = prefix.to(rows.scalar_type());
   const auto index = at::tensor(order, at::TensorOptions().dtype(at::kLong)).to(rows.device());
-  return at::cat({prefix.to(rows.scalar_type()), rows}).index_select(0, index);
+  return at::cat({own ? given.flatten(0, 1) : given, rows}).index_select(0, index);
 }
 
 namespace {

@@ -237,6 +237,10 @@ class AttentionSlotImpl : public Slot {
 
   /// Keys and values of the active adapters, one after the other; undefined when there are none.
   KeyValues prefix() const;
+  /// The same times the adapters' gates, [sequences, T, kv_heads, head_dim]; see AttentionAdapter.
+  KeyValues prefix(const at::Tensor& hidden, const Sequences& sequences) const;
+  /// Whether one of them has a gate.
+  bool gates_prefix() const;
   /// How far they move the positions of the tokens.
   int64_t position_shift() const;
   /// Adds to the attention's result what the active adapters put beside it.
@@ -248,7 +252,8 @@ class AttentionSlotImpl : public Slot {
 };
 TORCH_MODULE(AttentionSlot);
 
-/// rows [tokens, ...] with `prefix` [T, ...] before those of each sequence [cu[s], cu[s + 1]).
+/// rows [tokens, ...] with `prefix` [T, ...] or [sequences, T, ...] before those of each sequence
+/// [cu[s], cu[s + 1]).
 at::Tensor with_prefix(const at::Tensor& prefix, const at::Tensor& rows,
                        const std::vector<int64_t>& cu);
 

@@ -69,6 +69,7 @@ METHODS = {
     "prefix_mlp": lambda f: budwood.PrefixTuningConfig(
         num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16
     ),
+    "prefix_gated": lambda f: budwood.PrefixTuningConfig(num_virtual_tokens=4, gating="shared"),
     "llama_adapter": lambda f: budwood.AdaptionPromptConfig(adapter_len=4, adapter_layers=2),
     "prompt": lambda f: budwood.PromptTuningConfig(num_virtual_tokens=4, placement="after_bos"),
     "p_tuning": lambda f: budwood.PromptEncoderConfig(num_virtual_tokens=4),

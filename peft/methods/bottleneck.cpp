@@ -49,23 +49,13 @@ at::Tensor truncated_normal(at::Tensor t, double deviation, at::Generator genera
 // The mean over the tokens of each sequence of values [batch, n, 1] or [tokens, 1], one for each
 // sequence or laid out like the values.
 at::Tensor mean_by_sequence(const at::Tensor& values, const Sequences& sequences) {
-  if (values.dim() > 2) {
-    if (static_cast<int64_t>(sequences.tokens.size()) != values.size(0))
-      return values.mean(-2, /*keepdim=*/true);
-    std::vector<at::Tensor> rows;
-    for (size_t s = 0; s < sequences.tokens.size(); ++s)
-      rows.push_back(values[static_cast<int64_t>(s)]
-                         .narrow(0, sequences.padding[s], sequences.tokens[s])
-                         .mean(0, true));
-    return at::stack(rows);
-  }
-  std::vector<at::Tensor> means;
-  for (size_t s = 0; s + 1 < sequences.cu.size(); ++s) {
-    const int64_t n = sequences.cu[s + 1] - sequences.cu[s];
-    if (n == 0) continue;
-    means.push_back(values.narrow(0, sequences.cu[s], n).mean(0, true).expand({n, 1}));
-  }
-  return means.empty() ? values : at::cat(means);
+  const auto means = sequence_means(values, sequences);
+  if (values.dim() > 2) return means.unsqueeze(1);
+  std::vector<at::Tensor> rows;
+  for (size_t s = 0; s + 1 < sequences.cu.size(); ++s)
+    rows.push_back(means.narrow(0, static_cast<int64_t>(s), 1)
+                       .expand({sequences.cu[s + 1] - sequences.cu[s], values.size(1)}));
+  return rows.empty() ? values : at::cat(rows);
 }
 
 // 1 / (1 - p) for sequences that keep the branch and 0 for the others.

@@ -27,13 +27,20 @@ at::Tensor PrefixTable::value() const {
 }
 
 Prefix::Prefix(std::shared_ptr<const PrefixTuningConfig> config,
-               std::shared_ptr<PrefixTable> shared, int64_t index, int64_t kv_heads,
-               int64_t head_dim)
+               std::shared_ptr<PrefixTable> shared, int64_t index, const Place& place,
+               at::Generator generator)
     : AttentionAdapter(config),
       shared_(std::move(shared)),
       index_(index),
-      kv_heads_(kv_heads),
-      head_dim_(head_dim) {
+      kv_heads_(place.kv_heads),
+      head_dim_(place.head_dim) {
+  if (own().gating != "none") {
+    const int64_t factors = own().gating == "shared" ? 1 : 2;
+    gate_weight_ = register_parameter(
+        "gate_weight",
+        at::empty({factors, place.hidden}, at::kFloat).normal_(0.0, 0.02, generator));
+    gate_bias_ = register_parameter("gate_bias", at::zeros({factors}));
+  }
   if (index_ > 0) return;
   auto& s = *shared_;
   s.table = register_parameter("prompt_embeddings", s.table, /*requires_grad=*/!s.projected);
@@ -45,8 +52,24 @@ Prefix::Prefix(std::shared_ptr<const PrefixTuningConfig> config,
   s.b2 = register_parameter("b2", s.b2);
 }
 
+const PrefixTuningConfig& Prefix::own() const {
+  return static_cast<const PrefixTuningConfig&>(*config());
+}
+
 bool Prefix::moves_positions() const {
-  return static_cast<const PrefixTuningConfig&>(*config()).positions == "after";
+  return own().positions == "after";
+}
+
+at::Tensor Prefix::gate(const at::Tensor& hidden, const Sequences& sequences) const {
+  const auto x = hidden.to(gate_weight_.scalar_type());
+  const auto means =
+      sequence_means(at::sigmoid(at::linear(x, gate_weight_, gate_bias_)), sequences);
+  return means.expand({means.size(0), 2});
+}
+
+AdapterState Prefix::state() const {
+  if (!gate_weight_.defined()) return {};
+  return {{"prefix_gate.weight", gate_weight_}, {"prefix_gate.bias", gate_bias_}};
 }
 
 AdapterState Prefix::shared_state() const {
@@ -81,6 +104,12 @@ void Prefix::describe(AdapterConfig& saved, const std::string&) const {
 }
 
 std::vector<at::Tensor> Prefix::trained() const {
+  auto all = shared_trained();
+  if (gate_weight_.defined()) all.insert(all.end(), {gate_weight_, gate_bias_});
+  return all;
+}
+
+std::vector<at::Tensor> Prefix::shared_trained() const {
   if (index_ > 0) return {};
   const auto& s = *shared_;
   if (!s.projected) return {s.table};
@@ -136,8 +165,8 @@ std::vector<Grafted> make(const std::shared_ptr<const AdapterConfig>& config,
   std::vector<Grafted> made;
   for (size_t i = 0; i < layers.size(); ++i) {
     const auto& place = places[layers[i]];
-    made.push_back({layers[i], std::make_shared<Prefix>(own, shared, static_cast<int64_t>(i),
-                                                        place.kv_heads, place.head_dim)});
+    made.push_back({layers[i], std::make_shared<Prefix>(own, shared, static_cast<int64_t>(i), place,
+                                                        generator)});
   }
   return made;
 }

@@ -28,22 +28,28 @@ class Prefix final : public AttentionAdapter {
  public:
   /// `index` counts the layers that have the prefix; the first trains and saves the table.
   Prefix(std::shared_ptr<const PrefixTuningConfig> config, std::shared_ptr<PrefixTable> shared,
-         int64_t index, int64_t kv_heads, int64_t head_dim);
+         int64_t index, const Place& place, at::Generator generator);
 
   KeyValues prefix() const override { return shared_->of(index_, kv_heads_, head_dim_); }
+  bool gates_prefix() const override { return gate_weight_.defined(); }
+  at::Tensor gate(const at::Tensor& hidden, const Sequences& sequences) const override;
   bool moves_positions() const override;
   bool starts_as_identity() const override { return false; }
-  AdapterState state() const override { return {}; }
+  AdapterState state() const override;
   AdapterState shared_state() const override;
   void loaded(const std::vector<std::string>& found) override;
   void describe(AdapterConfig& saved, const std::string& path) const override;
   std::vector<at::Tensor> trained() const override;
-  std::vector<at::Tensor> read_elsewhere() const override { return trained(); }
+  std::vector<at::Tensor> read_elsewhere() const override { return shared_trained(); }
   int64_t rank() const override { return shared_->table.size(0); }
 
  private:
+  const PrefixTuningConfig& own() const;
+  std::vector<at::Tensor> shared_trained() const;
+
   std::shared_ptr<PrefixTable> shared_;
   int64_t index_, kv_heads_, head_dim_;
+  at::Tensor gate_weight_, gate_bias_;  ///< [1 or 2, hidden] and [1 or 2]
 };
 
 }  // namespace budwood

@@ -110,6 +110,7 @@ void PrefixTuningConfig::validate(Strictness strictness) const {
   if (init_weights) require_one_of(*this, "init_weights", *init_weights, {"zero"});
   if (encoder_input_size) require_at_least(*this, "encoder_input_size", *encoder_input_size, 1);
   require_one_of(*this, "positions", positions, {"after", "own"});
+  require_one_of(*this, "gating", gating, {"none", "shared", "separate"});
 }
 
 std::vector<ConfigField> PrefixTuningConfig::fields() {
@@ -118,7 +119,7 @@ std::vector<ConfigField> PrefixTuningConfig::fields() {
             bind_field("encoder_hidden_size", encoder_hidden_size),
             bind_field("init_weights", init_weights),
             own_number("encoder_input_size", encoder_input_size),
-            own_text("positions", positions, "after")});
+            own_text("positions", positions, "after"), own_text("gating", gating, "none")});
   return all;
 }
 

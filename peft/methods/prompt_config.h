@@ -67,6 +67,9 @@ struct PrefixTuningConfig : VirtualTokensConfig {
   std::optional<int64_t> encoder_input_size;
   /// Positions of the tokens: "after" the prefix, or "own", as they are without it (AdapterHub).
   std::string positions = "after";
+  /// A factor of each layer's prefix by sequence, the mean of sigmoid(G x) over its tokens x:
+  /// "none", "shared" by keys and values, or "separate". Not HF PEFT's.
+  std::string gating = "none";
 
   void validate(Strictness strictness = Strictness::strict) const override;
   std::shared_ptr<AdapterConfig> clone() const override {

@@ -30,11 +30,15 @@ at::Tensor token_positions(const AttentionSlot& adapters, const TokenBatch& batc
 
 at::Tensor attend(const AttentionPart& part, const AttentionSlot& adapters, const at::Tensor& q,
                   at::Tensor k, at::Tensor v, const TokenBatch& batch, KvCache* cache,
-                  const std::function<KeyValues(const at::Tensor&)>& project) {
-  const auto prefix = adapters->prefix();
-  const int64_t prefixed = prefix.k.defined() ? prefix.k.size(0) : 0;
+                  const std::function<KeyValues(const at::Tensor&)>& project,
+                  const std::function<at::Tensor()>& hidden) {
+  const bool starts = !cache || cache->length() == 0;
+  const auto prefix = starts && adapters->gates_prefix()
+                          ? adapters->prefix(hidden(), batch.layout(starts))
+                          : adapters->prefix();
+  const int64_t prefixed = prefix.k.defined() ? prefix.k.size(-3) : 0;
   int64_t before = prefixed;  // keys ahead of a sequence's own
-  if (prefixed > 0 && (!cache || cache->length() == 0)) {
+  if (prefixed > 0 && starts) {
     k = with_prefix(prefix.k, k, batch.cu_seqlens);
     v = with_prefix(prefix.v, v, batch.cu_seqlens);
   }

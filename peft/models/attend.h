@@ -20,10 +20,13 @@ double attention_scale(int64_t head_dim);
 
 /// Attention of a batch with what adapters and a cache put before its keys, and beside it. q
 /// [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], rotated where a model does so
-/// -> [tokens, heads, head_dim]. `project` as in AttentionAdapter::Around.
+/// -> [tokens, heads, head_dim]. `project` as in AttentionAdapter::Around; `hidden`
+/// gives the states that the attention reads, for the gate of a prefix. A cache keeps the prefix as
+/// the tokens that start it gate it.
 at::Tensor attend(const AttentionPart& part, const AttentionSlot& adapters, const at::Tensor& q,
                   at::Tensor k, at::Tensor v, const TokenBatch& batch, KvCache* cache,
-                  const std::function<KeyValues(const at::Tensor&)>& project);
+                  const std::function<KeyValues(const at::Tensor&)>& project,
+                  const std::function<at::Tensor()>& hidden);
 
 /// Keys that adapters put before those of each sequence.
 int64_t prefix_tokens(const AttentionSlot& adapters);

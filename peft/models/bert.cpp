@@ -132,7 +132,7 @@ at::Tensor BertLayerImpl::attention(const at::Tensor& x, const TokenBatch& batch
     return {heads(key_.ptr()->forward(hidden)), heads(value_.ptr()->forward(hidden))};
   };
   const auto out = attend({.causal = false}, adapters_, heads(qkv[0]), heads(qkv[1]), heads(qkv[2]),
-                          batch, nullptr, project);
+                          batch, nullptr, project, [&x] { return x; });
   return forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})),
                           {attention_dense_})[0];
 }

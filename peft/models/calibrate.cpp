@@ -32,6 +32,16 @@ void check(const CalibrateOptions& options, const Sequences& sequences) {
   const auto refuse = [](const std::string& fact) { throw Error("calibrate", fact); };
   if (std::find(kMethods.begin(), kMethods.end(), options.method) == kMethods.end())
     refuse(fmt::format("unknown method '{}'; known: gptq, awq, hqq, rtn", options.method));
+  const bool affine = options.format == "affine";
+  if (!affine && options.format != "nf4" && options.format != "fp4")
+    refuse(fmt::format("unknown format '{}'; known: affine, nf4, fp4", options.format));
+  if (!affine && (options.method == "awq" || options.method == "hqq"))
+    refuse(fmt::format("{} makes integers, found format '{}'", options.method, options.format));
+  if (!affine && options.bits != 4)
+    refuse(fmt::format("{} has 4 bits, found {}", options.format, options.bits));
+  if (affine && options.double_quant) refuse("double_quant is for nf4 and fp4");
+  if (!affine && options.symmetric)
+    refuse(fmt::format("symmetric is for integers, found format '{}'", options.format));
   if (options.bits != 4 && options.bits != 8)
     refuse(fmt::format("{} bits; wanted 4 or 8", options.bits));
   if (options.group_size < 1 && options.group_size != -1)
@@ -184,8 +194,10 @@ class BlockCalibration {
 
  private:
   quant::QuantizeOptions rounding(const Layer& layer) const {
-    return {.format = options_.bits == 4 ? "int4" : "affine8",
+    const auto* integers = options_.bits == 4 ? "int4" : "affine8";
+    return {.format = options_.format == "affine" ? integers : options_.format,
             .block_size = options_.group_size == -1 ? layer.work.size(1) : options_.group_size,
+            .double_quant = options_.double_quant,
             .symmetric = options_.symmetric};
   }
 
@@ -200,12 +212,14 @@ class BlockCalibration {
     auto plain = rounding(layer);
     if (options_.method == "gptq")
       return cal::gptq(layer.work, hessian(layer, g),
-                       {.bits = options_.bits,
+                       {.format = options_.format,
+                        .bits = options_.bits,
                         .group_size = options_.group_size,
                         .act_order = options_.act_order,
                         .static_groups = options_.static_groups,
                         .damping = options_.damping,
-                        .symmetric = options_.symmetric});
+                        .symmetric = options_.symmetric,
+                        .double_quant = options_.double_quant});
     if (options_.method == "awq" && !layer.projection.feeds_scores)
       return quant::quantize(cal::awq_clip(layer.work, hessian(layer, g), awq_options()), plain);
     if (options_.method == "hqq") plain.method = "hqq";

@@ -11,11 +11,15 @@ struct CalibrateOptions {
   /// "gptq", "awq": look at what goes through each layer; "hqq": at the weights alone; "rtn":
   /// rounds to nearest (quant/calibrate/).
   std::string method = "gptq";
+  /// "affine": integers with a scale and a zero point; gptq and rtn also make bitsandbytes' "nf4"
+  /// and "fp4".
+  std::string format = "affine";
   int64_t bits = 4;         ///< 4 or 8
   int64_t group_size = 64;  ///< columns that share a scale; -1 = a whole row
   bool symmetric = false;   ///< not for hqq
   bool act_order = false;   ///< gptq only, and so are the two below
   bool static_groups = false;
+  bool double_quant = false;  ///< nf4 and fp4 only
   double damping = 0.01;
   /// Projections whose paths contain one of these are left as they are.
   std::vector<std::string> skip = {"lm_head"};

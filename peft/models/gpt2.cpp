@@ -36,7 +36,7 @@ at::Tensor Gpt2AttentionImpl::forward(const ops::Source& x, const TokenBatch& ba
   };
   const auto q = heads(parts[0]);
   const auto out = attend({.layer = layer_, .adds_beside = false}, adapters_, q, heads(parts[1]),
-                          heads(parts[2]), batch, cache, {});
+                          heads(parts[2]), batch, cache, {}, [&x] { return x.value(); });
   auto y =
       forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})), {c_proj_})[0];
   if (!adapters_->has_active()) return y;

@@ -101,8 +101,8 @@ at::Tensor LlamaAttentionImpl::forward(const ops::Source& x, const TokenBatch& b
     };
     return {heads(k_proj_), heads(v_proj_)};
   };
-  const auto out =
-      attend({.layer = layer_, .window = window_}, adapters_, q, k, v, batch, cache, project);
+  const auto out = attend({.layer = layer_, .window = window_}, adapters_, q, k, v, batch, cache,
+                          project, [&x] { return x.value(); });
   return forward_together(ops::Source::plain(out.reshape({tokens, heads_ * head_dim_})),
                           {o_proj_})[0];
 }

@@ -43,9 +43,11 @@ void check(const QuantizeFilesOptions& options) {
     throw Error("quantize", fmt::format("unknown method '{}'; known: {}", options.method,
                                         fmt::join(kMethods, ", ")));
   const bool integers = options.format == "int4" || options.format == "int8";
-  if (options.method != "rtn" && !integers)
-    throw Error("quantize", fmt::format("method '{}' makes int4 or int8, found format '{}'",
-                                        options.method, options.format));
+  const bool floats = options.format == "nf4" || options.format == "fp4";
+  if (options.method != "rtn" && !integers && !(floats && options.method == "gptq"))
+    throw Error("quantize",
+                fmt::format("method '{}' makes int4 or int8{}, found format '{}'", options.method,
+                            options.method == "gptq" ? ", nf4 or fp4" : "", options.format));
   if (calibrates(options) && options.calibration.empty())
     throw Error("quantize",
                 fmt::format("method '{}' looks at what goes through the model: it needs "
@@ -136,12 +138,15 @@ QuantizeFilesReport calibrated(const QuantizeFilesOptions& options) {
   QuantizeFilesReport report;
   const auto sequences = calibration_sequences(options);
   auto model = load(options.model, {.dtype = options.dtype, .weights = "dense"});
+  const bool integers = options.format == "int4" || options.format == "int8";
   const auto layers = calibrate(*model, sequences,
                                 {.method = options.method,
-                                 .bits = options.format == "int4" ? 4 : 8,
+                                 .format = integers ? "affine" : options.format,
+                                 .bits = options.format == "int8" ? 8 : 4,
                                  .group_size = options.block_size,
                                  .act_order = options.method == "gptq" && options.act_order,
                                  .static_groups = options.method == "gptq" && options.static_groups,
+                                 .double_quant = options.double_quant,
                                  .skip = options.skip,
                                  .progress = [&](int64_t, int64_t, const std::string& path) {
                                    if (options.progress) options.progress(path);

@@ -13,8 +13,8 @@ struct QuantizeFilesOptions {
   /// "nf4", "fp4", "int8": a folder in bitsandbytes' layout. "int4", and "int8" with a method that
   /// calibrates: a folder in Budwood's own. "q4_0", "q4_1", "q8_0", "f16", "bf16", "f32": a GGUF.
   std::string format = "nf4";
-  /// "rtn" rounds to nearest; for int4 and int8 also "hqq" (no data), "gptq" and "awq" (with
-  /// calibration text).
+  /// "rtn" rounds to nearest; for int4 and int8 also "hqq" (no data) and "awq"; for them, nf4 and
+  /// fp4 "gptq" (these two with calibration text).
   std::string method = "rtn";
   int64_t block_size = 64;    ///< elements that share a scale; not for GGUF formats
   bool double_quant = false;  ///< nf4, fp4: pack the scales too

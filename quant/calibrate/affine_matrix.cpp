@@ -1,5 +1,4 @@
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <fmt/format.h>
 
 #include <budwood/quant/calibrate/affine_matrix.h>
@@ -63,15 +62,6 @@ void AffineMatrix::set_grid(int64_t row, int64_t group, const double* values, in
   zero_[row * groups_ + group] = static_cast<uint8_t>(grid.zero);
 }
 
-void AffineMatrix::set_grids(int64_t first_row, const at::Tensor& rows) {
-  const auto* values = rows.const_data_ptr<double>();
-  at::parallel_for(0, rows.size(0), 8, [&](int64_t from, int64_t to) {
-    for (int64_t r = from; r < to; ++r)
-      for (int64_t g = 0; g < groups_; ++g)
-        set_grid(first_row + r, g, values + r * in_ + g * size_, std::min(size_, in_ - g * size_));
-  });
-}
-
 double AffineMatrix::round(int64_t row, int64_t column, int64_t group, double value) {
   const double scale = scale_[row * groups_ + group];
   const int zero = zero_[row * groups_ + group], top = (1 << bits_) - 1;
@@ -84,7 +74,7 @@ double AffineMatrix::round(int64_t row, int64_t column, int64_t group, double va
   return scale * (q - zero);
 }
 
-Weight AffineMatrix::weight() && {
+Weight AffineMatrix::weight() {
   return {{std::move(codes_), std::move(scales_), std::move(zeros_),
            at::full({1}, size_, at::TensorOptions().dtype(at::kLong))},
           bits_ == 4 ? Format::affine4 : Format::affine8,

@@ -2,7 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <budwood/quant/weight.h>
+#include <budwood/quant/calibrate/packed_matrix.h>
 #include <cstdint>
 
 namespace budwood::quant::calibrate {
@@ -14,20 +14,14 @@ void check_matrix(const char* where, const at::Tensor& w, int64_t bits);
 /// The group size of a row of `in` columns; -1 = the whole row.
 int64_t group_columns(const char* where, int64_t group_size, int64_t in);
 
-/// A group-affine matrix while it is written value by value: grids of groups first, then codes.
-/// Rows may be written from several threads.
-class AffineMatrix {
+/// A group-affine matrix while it is written.
+class AffineMatrix final : public PackedMatrix {
  public:
   AffineMatrix(int64_t out, int64_t in, int64_t bits, int64_t group_size, bool symmetric);
 
-  /// The grid of one group from n values.
-  void set_grid(int64_t row, int64_t group, const double* values, int64_t n);
-  /// The grids of all groups of consecutive rows [n, in], fp64, contiguous.
-  void set_grids(int64_t first_row, const at::Tensor& rows);
-  /// Writes the code nearest to the value and returns what it stands for.
-  double round(int64_t row, int64_t column, int64_t group, double value);
-
-  Weight weight() &&;
+  void set_grid(int64_t row, int64_t group, const double* values, int64_t n) override;
+  double round(int64_t row, int64_t column, int64_t group, double value) override;
+  Weight weight() override;
 
  private:
   int64_t out_, in_, bits_, size_, groups_;

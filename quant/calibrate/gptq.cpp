@@ -9,6 +9,7 @@
 #include <budwood/quant/error.h>
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 namespace budwood::quant::calibrate {
 namespace {
@@ -18,6 +19,15 @@ constexpr int64_t kPanelRows = 512;
 
 void check(const at::Tensor& w, const at::Tensor& hessian, const GptqOptions& options) {
   check_matrix("gptq", w, options.bits);
+  const bool affine = options.format == "affine";
+  if (!affine && options.format != "nf4" && options.format != "fp4")
+    throw Error("gptq", fmt::format("format '{}'; wanted affine, nf4 or fp4", options.format));
+  if (affine ? options.double_quant : options.symmetric || options.bits != 4)
+    throw Error("gptq", affine ? "double_quant is for nf4 and fp4"
+                               : "nf4 and fp4 have 4 bits and no symmetric grid of their own");
+  if (!affine && !options.static_groups && (options.act_order || options.double_quant))
+    throw Error("gptq", fmt::format("{} with act_order or double_quant asks for static_groups",
+                                    options.format));
   if (hessian.dim() != 2 || hessian.size(0) != w.size(1) || hessian.size(1) != w.size(1))
     throw Error("gptq", fmt::format("the Hessian of a weight [{}] is [{}, {}], found [{}]",
                                     fmt::join(w.sizes(), ", "), w.size(1), w.size(1),
@@ -70,8 +80,15 @@ struct Plan {
   at::Tensor factor;             // U, in the order of work
 };
 
+std::unique_ptr<PackedMatrix> packed_matrix(const GptqOptions& options, int64_t out, int64_t in,
+                                            int64_t size) {
+  if (options.format == "affine")
+    return std::make_unique<AffineMatrix>(out, in, options.bits, size, options.symmetric);
+  return float4_matrix(options.format, out, in, size, options.double_quant);
+}
+
 // Rounds a panel of rows [n, in], fp64, in the order of work.
-void solve(const Plan& plan, at::Tensor& rows, int64_t first, AffineMatrix& result) {
+void solve(const Plan& plan, at::Tensor& rows, int64_t first, PackedMatrix& result) {
   const int64_t n = rows.size(0), in = rows.size(1);
   const bool on_the_way = !plan.options.static_groups;
   const auto* u = plan.factor.const_data_ptr<double>();
@@ -126,20 +143,25 @@ Weight gptq(const at::Tensor& w, const at::Tensor& hessian, const GptqOptions& o
   plan.columns.assign(place, place + in);
   plan.group = groups_in_order(plan.columns, plan.size, options.static_groups);
 
-  AffineMatrix result(out, in, options.bits, plan.size, options.symmetric);
-  for (int64_t first = 0; first < out; first += kPanelRows) {
-    const int64_t n = std::min(kPanelRows, out - first);
-    auto rows = w.detach()
-                    .narrow(0, first, n)
-                    .to(at::kDouble, /*non_blocking=*/false,
-                        /*copy=*/true);
-    rows.masked_fill_(dead, 0.0);
-    if (options.static_groups) result.set_grids(first, rows);
-    if (options.act_order) rows = rows.index_select(1, order);
-    rows = rows.contiguous();
-    solve(plan, rows, first, result);
+  const auto result = packed_matrix(options, out, in, size);
+  const auto panel = [&](int64_t first) {
+    return w.detach()
+        .narrow(0, first, std::min(kPanelRows, out - first))
+        .to(at::kDouble)
+        .masked_fill(dead, 0.0)
+        .contiguous();
+  };
+  if (options.static_groups) {
+    for (int64_t first = 0; first < out; first += kPanelRows)
+      result->set_grids(first, panel(first), size);
+    result->grids_done();
   }
-  auto weight = std::move(result).weight();
+  for (int64_t first = 0; first < out; first += kPanelRows) {
+    auto rows = panel(first);
+    if (options.act_order) rows = rows.index_select(1, order);
+    solve(plan, rows, first, *result);
+  }
+  auto weight = result->weight();
   if (plan.as_worked) weight.parts.push_back(order.to(at::kInt));
   return weight;
 }

@@ -12,6 +12,7 @@ METHODS = {
     "compacter": lambda: budwood.CompacterConfig(reduction_factor=4),
     "prefix": lambda: budwood.PrefixTuningConfig(num_virtual_tokens=3),
     "prefix_mlp": lambda: budwood.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
+    "prefix_gated": lambda: budwood.PrefixTuningConfig(num_virtual_tokens=3, gating="shared"),
     "llama_adapter": lambda: budwood.AdaptionPromptConfig(adapter_len=3, adapter_layers=2),
     "prompt": lambda: budwood.PromptTuningConfig(num_virtual_tokens=3, placement="after_bos"),
     "reft": lambda: budwood.ReftConfig(r=2),

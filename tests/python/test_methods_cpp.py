@@ -26,6 +26,7 @@ OWN = {
     ),
     "parallel": lambda: budwood.ParallelAdapterConfig(mh_adapter=True, scaling="learned"),
     "compacter": lambda: budwood.CompacterConfig(reduction_factor=4),
+    "prefix_gated": lambda: budwood.PrefixTuningConfig(num_virtual_tokens=3, gating="separate"),
     "reft": lambda: budwood.ReftConfig(r=3, suffix_positions=2),
     "dylora": lambda: budwood.DyLoraConfig(r=4, target_modules="all-linear", eval_rank=2),
     "prompt_groups": lambda: budwood.PromptTuningConfig(
@@ -37,6 +38,8 @@ ALL = [
     for method, family in itertools.product([*METHODS, *OWN], ("llama", "gpt2", "bert"))
     if (method, family) not in NOT_IN_PEFT
 ]
+#: What follows the prompt's own tokens: in a full forward the prompt would grow.
+BY_PROMPT = {"reft", "prefix_gated"}
 FRESH_IDENTITY = {"houlsby", "pfeiffer", "gated", "parallel", "reft", "dylora"}
 
 
@@ -149,7 +152,8 @@ def test_checkpointing_leaves_gradients_as_they_are(method, every, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(
-    "method", ["prefix", "prompt", "prompt_groups", "adaption_prompt", "houlsby", "reft"]
+    "method",
+    ["prefix", "prompt", "prompt_groups", "adaption_prompt", "houlsby", "reft", "prefix_gated"],
 )
 def test_generation_with_a_cache_is_the_full_forward(method, family, tmp_path):
     base = tiny(family)
@@ -165,7 +169,7 @@ def test_generation_with_a_cache_is_the_full_forward(method, family, tmp_path):
     with torch.no_grad():
         for _ in range(6):  # token by token, each time from the start
             rows = {"input_ids": torch.tensor([wanted])}
-            if method == "reft":
+            if method in BY_PROMPT:
                 break
             wanted.append(int(python(**rows).logits[0, -1].argmax()))
     new = _C.generate(cpp, prompt, max_new_tokens=6, eos_ids=[-1])
@@ -177,13 +181,15 @@ def test_generation_with_a_cache_is_the_full_forward(method, family, tmp_path):
             eos_token_id=None,
             pad_token_id=0,
         )[0].tolist()
-    if method != "reft":  # whose positions are those of the prompt, and it would grow
+    if method not in BY_PROMPT:
         assert prompt + new == wanted
     assert hf[-6:] == new
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("method", ["prefix", "prompt", "adaption_prompt", "gated", "reft"])
+@pytest.mark.parametrize(
+    "method", ["prefix", "prefix_gated", "prompt", "adaption_prompt", "gated", "reft"]
+)
 def test_packed_rows_are_the_rows_alone(method, family, tmp_path):
     if (method, family) in NOT_IN_PEFT:
         method = "prompt_groups"
@@ -202,7 +208,9 @@ def test_packed_rows_are_the_rows_alone(method, family, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", ["prefix", "prompt", "prompt_groups", "reft", "gated"])
+@pytest.mark.parametrize(
+    "method", ["prefix", "prefix_gated", "prompt", "prompt_groups", "reft", "gated"]
+)
 def test_a_padded_row_is_the_row_alone(method, side):
     python = budwood.get_peft_model(tiny("llama"), config_of(method, "llama"))
     randomise(python)

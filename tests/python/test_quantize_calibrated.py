@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import make_tiny
 from tiny_tokenizer import save_tiny_llama
 
@@ -69,6 +70,26 @@ def test_the_folder_holds_what_calibrating_in_memory_makes(
         assert torch.equal(_C.load_model(str(out))(IDS), model(IDS))
 
 
+@pytest.mark.parametrize("form", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+def test_transformers_opens_4_bits_that_gptq_made(model_and_text, tmp_path, capsys, form, double):
+    _, text = model_and_text
+    folder = save_tiny_llama(tmp_path / "model", intermediate=96)
+    call = ["quantize", "-m", folder, "-f", form, "--block-size", "32", "--calibration-tokens"]
+    call += ["512", *(["--double-quant"] if double else [])]
+    out = tmp_path / "out"
+    report = run(capsys, *call, "--method", "gptq", "--calibration", text, "-o", out)
+    for matrix in report["matrices"]:
+        assert matrix["error"] < matrix["rtn_error"], matrix["name"]
+    assert report["error"] < 0.85 * sum(m["rtn_error"] for m in report["matrices"]) / 14
+    # Its product for inference wants rows by 32; that for training takes all.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).train()
+    assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    with torch.no_grad():
+        found, wanted = _C.load_model(str(out))(IDS), theirs(IDS).logits
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_token_file_calibrates_like_its_text(model_and_text, tmp_path, capsys):
     folder, text = model_and_text
     tokens = tmp_path / "text.tokens"
@@ -88,6 +109,21 @@ def test_a_short_text_is_told_and_what_does_not_fit_is_refused(model_and_text, t
     assert "needs calibration text" in failure(capsys, *gptq)
     assert "makes int4 or int8, found format 'nf4'" in failure(
         capsys, *call, "-f", "nf4", "--method", "awq", "--calibration", text
+    )
+    assert "block size 16; wanted a power of two" in failure(
+        capsys, *call, "-f", "nf4", "--method", "gptq", "--calibration", text
+    )
+    assert "blocks of 32 do not divide rows of 48" in failure(
+        capsys,
+        *call[:5],
+        "-f",
+        "nf4",
+        "--block-size",
+        "32",
+        "--method",
+        "gptq",
+        "--calibration",
+        text,
     )
     missing = failure(capsys, *gptq, "--calibration", tmp_path / "no.txt")
     assert "no.txt does not exist" in missing

@@ -32,13 +32,13 @@ def byte_tokenizer(
     return made
 
 
-def save_tiny_llama(folder: Path) -> Path:
+def save_tiny_llama(folder: Path, intermediate: int = 48) -> Path:
     """A random Llama with the byte tokeniser, as a folder."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=272,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -276,7 +276,8 @@ def quantize(
         str,
         Option(
             metavar="METHOD",
-            help="rtn rounds to nearest; for int4 and int8 also hqq, gptq and awq.",
+            help="rtn rounds to nearest; also gptq, except for a GGUF file; for int4 and int8 hqq "
+            "and awq, too.",
         ),
     ] = "rtn",
     calibration: Annotated[
@@ -328,6 +329,7 @@ def quantize(
     For example:
       budwood quantize -m MODEL -f nf4 --double-quant -o MODEL-nf4
       budwood quantize -m MODEL -f int4 --method gptq --calibration text.txt -o MODEL-int4
+      budwood quantize -m MODEL -f nf4 --method gptq --calibration text.txt -o MODEL-nf4
     """
     from . import quantize as verb
     from .merge import parse_size

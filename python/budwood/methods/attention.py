@@ -15,6 +15,7 @@ from torch import nn
 from .. import _C
 from ..errors import Error
 from .attached import PlaceSlot, first_of, with_first
+from .layout import layout_of
 
 _SUFFIX = "+adapters"
 
@@ -28,13 +29,45 @@ class AttentionPlace(PlaceSlot):
         module: nn.Module,
         projections: tuple[str, ...],
         after_projection: bool,
+        owner: nn.Module,
     ) -> None:
         super().__init__(slot)
         self.__dict__.update(
-            module=module, projections=projections, after_projection=after_projection, waiting=None
+            module=module,
+            projections=projections,
+            after_projection=after_projection,
+            owner=owner,
+            waiting=None,
+            hidden=None,
+            gated=None,
         )
+        self._hooks = [module.register_forward_pre_hook(self._see_hidden, with_kwargs=True)]
         if after_projection:
-            self._hooks = [module.register_forward_hook(self._add_waiting)]
+            self._hooks.append(module.register_forward_hook(self._add_waiting))
+
+    def _see_hidden(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.runs() and self.slot.gates_prefix():
+            self.__dict__["hidden"] = args[0] if args else kwargs["hidden_states"]
+
+    def prefix(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values [T, kv_heads, head_dim], or [batch, T, kv_heads, head_dim] with a gate.
+
+        What continues a cache has the gates of the call that started it.
+        """
+        if not self.slot.gates_prefix():
+            return self.slot.prefix()
+        hidden, self.__dict__["hidden"] = self.hidden, None
+        layout = layout_of(self.owner, hidden)
+        if not layout["from_start"]:
+            if self.gated is None or len(self.gated[0]) != len(hidden):
+                raise Error(
+                    "[prefix] a prefix with a gate continues a cache that it did not start: gates "
+                    "are those of the tokens of the first call"
+                )
+            return self.gated
+        k, v = self.slot.gated_prefix(hidden, layout)
+        self.__dict__["gated"] = None if k.requires_grad else (k, v)
+        return k, v
 
     def _add_waiting(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.waiting is None:
@@ -132,10 +165,10 @@ def _adapted(attend: Any) -> Any:
                 is_causal=is_causal,
                 **kwargs,
             )
-        k, v = place.slot.prefix()
+        k, v = place.prefix()
         if k is not None:
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            attention_mask = _with_prefix(attention_mask, query, key, k.shape[0], causal)
+            attention_mask = _with_prefix(attention_mask, query, key, k.shape[-3], causal)
             key, value = _before(k, key), _before(v, value)
         out, weights = attend(
             module,
@@ -153,8 +186,8 @@ def _adapted(attend: Any) -> Any:
 
 
 def _before(prefix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[T, kv_heads, d] before [batch, kv_heads, t, d]."""
-    prefix = prefix.to(rows.dtype).transpose(0, 1).expand(rows.shape[0], -1, -1, -1)
+    """[T, kv_heads, d] or [batch, T, kv_heads, d] before [batch, kv_heads, t, d]."""
+    prefix = prefix.to(rows.dtype).transpose(-3, -2).expand(rows.shape[0], -1, -1, -1)
     return torch.cat([prefix, rows], 2)
 
 

@@ -127,7 +127,10 @@ class Mirror:
                 where = f"{path}.{layer}.{family.attention}.adapters"
                 slot = self.impl.add_attention(where, layer, heads, kv_heads, dim, hidden)
                 self._makers[where] = lambda w=where, s=slot, m=module: self._put(
-                    w, AttentionPlace(s, m, family.keys_and_values, family.adds_after_projection)
+                    w,
+                    AttentionPlace(
+                        s, m, family.keys_and_values, family.adds_after_projection, self.model
+                    ),
                 )
 
     def _add_site(self, path: str, block: nn.Module, site: Any, layer: int, hidden: int) -> None:

@@ -87,6 +87,10 @@ METHODS = {
     "compacter": lambda: CompacterConfig(reduction_factor=4, phm_dim=2),
     "prefix_mlp": lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=5),
     "prefix_flat": lambda: PrefixTuningConfig(flat=True, prefix_length=3),
+    "prefix_gated": lambda: PrefixTuningConfig(
+        prefix_length=3, bottleneck_size=5, use_gating=True, shared_gating=False
+    ),
+    "prefix_gated_flat": lambda: PrefixTuningConfig(flat=True, prefix_length=3, use_gating=True),
     "prompt": lambda: PromptTuningConfig(prompt_length=3, combine="prefix_after_bos"),
 }
 # What the library itself does not have.
