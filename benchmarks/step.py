@@ -6,9 +6,10 @@ over the median of the contender's; memory is the contender's peak over HF PEFT'
 
 Contenders: peft, an HF model with HF PEFT; peft-optimize, the same after budwood.optimize(model);
 budwood-python, an HF model with Budwood's adapters; budwood-optimize, the same after
-budwood.optimize; budwood-cpp, Budwood's own model; budwood-cpp-checkpointed, that with gradient
-checkpointing in every block. With --checkpoint the others checkpoint every block, too. All with
-optimize or cpp in their names run inside budwood.memory_pool().
+budwood.optimize; budwood-cpp, Budwood's own model in a C++ program (step.cpp);
+budwood-cpp-checkpointed, that with gradient checkpointing in every block. With --checkpoint the
+others checkpoint every block, too. All with optimize or cpp in their names run inside
+budwood.memory_pool(), and weights decay by 0.01 everywhere.
 """
 
 from __future__ import annotations
@@ -113,31 +114,18 @@ def hf_step(args, library, optimized):
     return step
 
 
-def cpp_step(args, checkpointed):
-    import torch
-
+def cpp_command(args, contender: str) -> list[str]:
+    """The program of step.cpp, from the build that the Python package belongs to."""
+    import budwood
     from budwood import _C
 
-    packing = {"quantize": "nf4", "double_quant": True} if args.base == "nf4" else {}
-    model = _C.load_model(args.model, dtype=args.compute, **packing)
-    _C.inject(model, adapter_config(args, _C))
-    model.train()
-    model.checkpointing = int(checkpointed)
-    ids = make_batch(args, model.config["vocab_size"])
-    labels = torch.full_like(ids, -100)
-    labels[:, :-1] = ids[:, 1:]
-    batch, labels = _C.TokenBatch.from_rows(ids), labels.reshape(-1)
-    optimizer = torch.optim.AdamW([p for _, p in _C.trainable_parameters(model)], lr=1e-4)
-
-    def step() -> float:
-        loss = model.loss(batch, labels)
-        mean = loss.sum / loss.count
-        mean.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return mean.item()
-
-    return step
+    program = Path(_C.__file__).parents[2] / "benchmarks" / "benchmark_step"
+    if not program.exists():
+        sys.exit(f"{program} is missing: build with BUDWOOD_DEVELOPER_MODE=ON")
+    config = json.dumps(adapter_config(args, budwood).to_dict(), default=sorted)
+    checkpointed = int(args.checkpoint or contender.endswith("checkpointed"))
+    numbers = (args.batch, args.length, args.steps, args.threads, checkpointed)
+    return [str(program), args.model, config, args.base, args.compute, *map(str, numbers)]
 
 
 def run_one(args) -> None:
@@ -146,16 +134,13 @@ def run_one(args) -> None:
     torch.set_num_threads(args.threads)
     if args.one != "peft":
         import budwood
-    if args.one.startswith("budwood-cpp"):
-        step = cpp_step(args, args.checkpoint or args.one.endswith("checkpointed"))
-    elif args.one.startswith("budwood"):
+    if args.one.startswith("budwood"):
         step = hf_step(args, budwood, args.one.endswith("optimize"))
     else:
         import peft
 
         step = hf_step(args, peft, args.one.endswith("optimize"))
-    pooled = "optimize" in args.one or args.one.startswith("budwood-cpp")
-    with budwood.memory_pool() if pooled else nullcontext():
+    with budwood.memory_pool() if "optimize" in args.one else nullcontext():
         losses = [step()]
         times = []
         for _ in range(args.steps):
@@ -170,6 +155,8 @@ def spawn(args, contender: str) -> dict:
     for name in ("method", "base", "compute", "batch", "length", "rank", "steps", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
     command += ["--checkpoint"] * args.checkpoint
+    if contender.startswith("budwood-cpp"):
+        command = cpp_command(args, contender)
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     env |= ALLOCATORS[args.allocator]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

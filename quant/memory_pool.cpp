@@ -1,6 +1,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -153,6 +154,12 @@ MemoryPool::MemoryPool() {
 
 MemoryPool::~MemoryPool() {
   Pool::instance().end();
+}
+
+void trim_heap() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
 }
 
 MemoryPoolStatistics memory_pool_statistics() {

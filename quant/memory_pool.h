@@ -19,6 +19,10 @@ class MemoryPool {
   MemoryPool& operator=(const MemoryPool&) = delete;
 };
 
+/// Gives free memory of the heap back to the system, where the C library can: after work that
+/// allocated and freed large pieces between small ones that stay.
+void trim_heap();
+
 struct MemoryPoolStatistics {
   int64_t used = 0;  ///< bytes of blocks in use
   int64_t free = 0;  ///< bytes of blocks that wait

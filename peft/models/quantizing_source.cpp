@@ -3,8 +3,15 @@
 
 #include <budwood/peft/models/quantizing_source.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/memory_pool.h>
 
 namespace budwood::models {
+
+namespace {
+
+constexpr int64_t kTrimAfter = int64_t{32} << 20;
+
+}  // namespace
 
 QuantizingSource::QuantizingSource(WeightSource& source, quant::QuantizeOptions options,
                                    std::vector<std::string> skip, QuantizeObserver observer)
@@ -38,6 +45,13 @@ quant::Weight QuantizingSource::packed(const std::string& name, quant::Weight we
         quant::quantize(weight.rows(0, weight.out, weight.dtype()).contiguous(), options_);
     if (observer_) observer_(name, weight, packed);
     source_.release(name);
+    // Plain matrices that were read and freed leave holes between the packed ones, which stay.
+    untrimmed_ += weight.bytes();
+    if (untrimmed_ > kTrimAfter) {
+      weight = {};
+      quant::trim_heap();
+      untrimmed_ = 0;
+    }
     return packed;
   } catch (const Error& e) {
     throw Error("load", fmt::format("the tensor '{}' cannot be quantised: {}", name, e.what()));

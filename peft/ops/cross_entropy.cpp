@@ -289,7 +289,7 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& labe
 
 #define BUDWOOD_LOSS_ARGUMENTS                                                  \
   "Tensor hidden, Tensor[] weight, int format, SymInt[] shape, Tensor labels, " \
-  "Tensor? weights=None, float label_smoothing=0.0, float z_loss=0.0, int chunk=256"
+  "Tensor? weights=None, float label_smoothing=0.0, float z_loss=0.0, int chunk=128"
 TORCH_LIBRARY_FRAGMENT(budwood, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("linear_cross_entropy(" BUDWOOD_LOSS_ARGUMENTS ") -> Tensor", tags);

@@ -14,7 +14,7 @@ struct LossOptions {
   double label_smoothing = 0.0;  ///< share of the target spread over all classes
   double z_loss = 0.0;           ///< arXiv 2204.02311
   at::Tensor weights = {};       ///< of each position, [tokens]; undefined = 1
-  int64_t chunk = 256;           ///< positions that are projected at a time
+  int64_t chunk = 128;           ///< positions that are projected at a time
 };
 
 /// The loss of hidden Wᵀ for a frozen head W [V, d]. hidden [tokens, d], labels int64 [tokens],

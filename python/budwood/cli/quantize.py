@@ -111,7 +111,7 @@ def _error_text(report: dict[str, Any], method: str) -> str:
 
 
 class _Progress:
-    """Names matrices as they are done, now and then where output goes to a file."""
+    """Names matrices, or blocks of a model that is calibrated, as they are done, now and then."""
 
     def __init__(self, output: Output) -> None:
         self.output, self.done, self.said = output, 0, time.perf_counter()
@@ -120,7 +120,7 @@ class _Progress:
         self.done += 1
         if time.perf_counter() - self.said > 5:
             self.said = time.perf_counter()
-            self.output.note(f"{count(self.done)} matrices done, now {name}")
+            self.output.note(f"{name} done, {count(self.done)} so far")
 
 
 @contextmanager
