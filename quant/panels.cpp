@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <budwood/quant/error.h>
+#include <budwood/quant/fork.h>
 #include <budwood/quant/kernels/half.h>
 #include <budwood/quant/panels.h>
 #include <budwood/quant/tensors.h>
@@ -53,6 +54,7 @@ void decode_into(const kernels::Matrix& w, at::Tensor& target, int64_t count, co
   const auto type = target.scalar_type();
   const int64_t cols = w.cols(), stride = cols * target.element_size();
   auto* base = static_cast<char*>(target.mutable_data_ptr());
+  prepare_for_fork();
   at::parallel_for(0, count, grain_rows(w), [&](int64_t begin, int64_t end) {
     std::vector<float> row(type == at::kFloat ? 0 : static_cast<size_t>(cols));
     for (int64_t r = begin; r < end; ++r) {

@@ -6,6 +6,7 @@
 #include <budwood/quant/calibrate/hqq.h>
 #include <budwood/quant/device_products.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/fork.h>
 #include <budwood/quant/kernels/affine.h>
 #include <budwood/quant/kernels/bnb4.h>
 #include <budwood/quant/kernels/int8.h>
@@ -50,6 +51,7 @@ void for_pieces(const at::Tensor& w, int64_t step,
   const auto flat = w.view({-1});
   const int64_t n = flat.numel(), pieces = (n + step - 1) / step;
   std::vector<QuantizeStatus> faults(static_cast<size_t>(pieces));
+  prepare_for_fork();
   at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; ++p) {
       const int64_t begin = p * step, end = std::min(n, begin + step);

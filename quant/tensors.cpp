@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <budwood/quant/fork.h>
 #include <budwood/quant/tensors.h>
 
 namespace budwood::quant {
@@ -18,6 +19,7 @@ kernels::FloatType float_type(at::ScalarType type) {
 
 kernels::Threads torch_threads() {
   if (at::in_parallel_region()) return {};
+  prepare_for_fork();
   return {at::get_num_threads(), [](int n, const std::function<void(int)>& body) {
             at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));

@@ -44,7 +44,8 @@ AffineMatrix::AffineMatrix(int64_t out, int64_t in, int64_t bits, int64_t group_
   zero_ = zeros_.mutable_data_ptr<uint8_t>();
 }
 
-void AffineMatrix::set_grid(int64_t row, int64_t group, const double* values, int64_t n) {
+void AffineMatrix::set_grid(int64_t row, int64_t group, const double* values, int64_t n,
+                            const double* /*importance*/) {
   double least = 0, most = 0;
   for (int64_t i = 0; i < n; ++i) {
     least = std::min(least, values[i]);

@@ -19,7 +19,8 @@ class AffineMatrix final : public PackedMatrix {
  public:
   AffineMatrix(int64_t out, int64_t in, int64_t bits, int64_t group_size, bool symmetric);
 
-  void set_grid(int64_t row, int64_t group, const double* values, int64_t n) override;
+  void set_grid(int64_t row, int64_t group, const double* values, int64_t n,
+                const double* importance) override;
   double round(int64_t row, int64_t column, int64_t group, double value) override;
   Weight weight() override;
 

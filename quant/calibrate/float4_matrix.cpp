@@ -35,11 +35,12 @@ struct Grid {
   }
 };
 
-double squared_error(const Grid& grid, const double* values, int64_t n, double scale) {
+double squared_error(const Grid& grid, const double* values, const double* importance, int64_t n,
+                     double scale) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double error = values[i] - scale * grid.values[grid.nearest(values[i] / scale)];
-    sum += error * error;
+    sum += importance[i] * error * error;
   }
   return sum;
 }
@@ -60,7 +61,8 @@ class Float4Matrix final : public PackedMatrix {
         code_(codes_.mutable_data_ptr<uint8_t>()),
         scale_(scales_.mutable_data_ptr<float>()) {}
 
-  void set_grid(int64_t row, int64_t group, const double* values, int64_t n) override {
+  void set_grid(int64_t row, int64_t group, const double* values, int64_t n,
+                const double* importance) override {
     double most = 0;
     for (int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(values[i]));
     if (most > std::numeric_limits<float>::max())
@@ -71,7 +73,7 @@ class Float4Matrix final : public PackedMatrix {
     double best = most, least = std::numeric_limits<double>::infinity();
     for (double part = 1.0; most > 0 && part > 0.69; part -= 0.025) {
       const auto scale = static_cast<double>(static_cast<float>(part * most));
-      const double error = squared_error(grid_, values, n, scale);
+      const double error = squared_error(grid_, values, importance, n, scale);
       if (error >= least) continue;
       least = error;
       best = scale;

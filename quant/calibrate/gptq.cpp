@@ -78,6 +78,7 @@ struct Plan {
   int64_t size;                  // of a group
   bool as_worked;                // columns are stored in the order of work
   at::Tensor factor;             // U, in the order of work
+  at::Tensor importance = {};    // of the columns' errors, in the order of work
 };
 
 std::unique_ptr<PackedMatrix> packed_matrix(const GptqOptions& options, int64_t out, int64_t in,
@@ -92,6 +93,7 @@ void solve(const Plan& plan, at::Tensor& rows, int64_t first, PackedMatrix& resu
   const int64_t n = rows.size(0), in = rows.size(1);
   const bool on_the_way = !plan.options.static_groups;
   const auto* u = plan.factor.const_data_ptr<double>();
+  const auto* importance = plan.importance.const_data_ptr<double>();
   auto* w = rows.mutable_data_ptr<double>();
   for (int64_t begin = 0; begin < in;) {
     const int64_t end = block_end(begin, in, plan.options.block, plan.size, on_the_way);
@@ -103,7 +105,7 @@ void solve(const Plan& plan, at::Tensor& rows, int64_t first, PackedMatrix& resu
         for (int64_t j = begin; j < end; ++j) {
           const int64_t g = plan.group[static_cast<size_t>(j)];
           if (on_the_way && j % plan.size == 0)
-            result.set_grid(first + r, g, row + j, std::min(plan.size, in - j));
+            result.set_grid(first + r, g, row + j, std::min(plan.size, in - j), importance + j);
           const int64_t stored = plan.as_worked ? j : plan.columns[static_cast<size_t>(j)];
           const double value = result.round(first + r, stored, g, row[j]);
           const double error = (row[j] - value) / u[j * in + j];
@@ -143,6 +145,9 @@ Weight gptq(const at::Tensor& w, const at::Tensor& hessian, const GptqOptions& o
   plan.columns.assign(place, place + in);
   plan.group = groups_in_order(plan.columns, plan.size, options.static_groups);
 
+  // What a column's rounding costs once the columns behind it took up their part of it.
+  plan.importance = plan.factor.diagonal().square().reciprocal().contiguous();
+  const auto by_column = plan.importance.index_select(0, at::argsort(order)).contiguous();
   const auto result = packed_matrix(options, out, in, size);
   const auto panel = [&](int64_t first) {
     return w.detach()
@@ -153,7 +158,7 @@ Weight gptq(const at::Tensor& w, const at::Tensor& hessian, const GptqOptions& o
   };
   if (options.static_groups) {
     for (int64_t first = 0; first < out; first += kPanelRows)
-      result->set_grids(first, panel(first), size);
+      result->set_grids(first, panel(first), size, by_column);
     result->grids_done();
   }
   for (int64_t first = 0; first < out; first += kPanelRows) {
