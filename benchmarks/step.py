@@ -2,7 +2,8 @@
 
 Each contender runs in a process of its own (so that peak memory is its own), in alternation, on the
 same weights, batch, seeds, threads and allocator settings. A ratio is the median of HF PEFT's times
-over the median of the contender's; memory is the contender's peak over HF PEFT's.
+over the median of the contender's; memory is the contender's peak over HF PEFT's. "of peak" is the
+work of the products with the base over what the cores' fp32 multiply-adds could do in that time.
 
 Contenders: peft, an HF model with HF PEFT; peft-optimize, the same after budwood.optimize(model);
 budwood-python, an HF model with Budwood's adapters; budwood-optimize, the same after
@@ -177,8 +178,10 @@ def prepare_model(folder: Path) -> str:
     return str(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def options_of(description: str):
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a Hugging Face folder (default: SmolLM2-135M)")
     parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument(
@@ -204,7 +207,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options_of(__doc__)
     if args.one:
         run_one(args)
         return
@@ -226,7 +233,7 @@ def main() -> None:
                         f"{min(result['seconds']):6.2f} s/step",
                         flush=True,
                     )
-    report(args, seconds, peaks, loss)
+        report(args, seconds, peaks, loss, peak_gflops(args.threads))
 
 
 def contenders_of(args) -> list[str]:
@@ -241,7 +248,32 @@ def contenders_of(args) -> list[str]:
     return names
 
 
-def report(args, seconds, peaks, loss) -> None:
+def base_gflop(args) -> float:
+    """Of the products with the base in one step: forward and backward to x, in full training also
+    to W."""
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    layer = 2 * hidden * head * (heads + kv_heads) + 3 * hidden * inner
+    weights = config["num_hidden_layers"] * layer + config["vocab_size"] * hidden
+    return 2e-9 * weights * args.batch * args.length * (3 if args.method == "full" else 2)
+
+
+def peak_gflops(threads: int) -> float | None:
+    """Of fp32 multiply-adds on this machine's cores, with the widest vectors that are allowed."""
+    from budwood import _C
+
+    program = Path(_C.__file__).parents[2] / "benchmarks" / "fma_peak"
+    if not program.exists():
+        return None
+    found = json.loads(subprocess.check_output([str(program), str(threads)]))
+    if os.environ.get("BUDWOOD_ISA") == "avx2":
+        found.pop("avx512", None)
+    return max(found.values(), default=None)
+
+
+def report(args, seconds, peaks, loss, peak) -> None:
     import torch
 
     tokens = args.batch * args.length
@@ -258,6 +290,7 @@ def report(args, seconds, peaks, loss) -> None:
             "speed_ratio": base / middle,
             "memory_ratio": statistics.median(peaks[name]) / statistics.median(peaks["peft"]),
             "first_loss": loss[name],
+            "peak_share": base_gflop(args) / middle / peak if peak else None,
         }
     context = {
         "cpu": cpu_name(),
@@ -272,6 +305,7 @@ def report(args, seconds, peaks, loss) -> None:
         "batch": args.batch,
         "length": args.length,
         "rank": args.rank,
+        "fma_gflops": peak,
     }
     if args.json:
         print(json.dumps({"context": context, "rows": rows}, indent=2))
@@ -288,14 +322,15 @@ def report(args, seconds, peaks, loss) -> None:
     )
     print(
         f"{'':24} {'s/step':>8} {'(min-max)':>15} {'tok/s':>8} {'speed':>7} {'peak MB':>9} "
-        f"{'memory':>7}  first loss"
+        f"{'memory':>7} {'of peak':>8}  first loss"
     )
     for name, row in rows.items():
         spread = f"({row['seconds_min']:.2f}-{row['seconds_max']:.2f})"
+        share = f"{100 * row['peak_share']:6.0f} %" if peak else ""
         print(
             f"{name:24} {row['seconds']:8.2f} {spread:>15} {row['tokens_per_second']:8.0f} "
-            f"{row['speed_ratio']:6.2f}x {row['peak_mb']:9.0f} {row['memory_ratio']:6.2f}x  "
-            f"{row['first_loss']:.6f}"
+            f"{row['speed_ratio']:6.2f}x {row['peak_mb']:9.0f} {row['memory_ratio']:6.2f}x "
+            f"{share:>8}  {row['first_loss']:.6f}"
         )
 
 
