@@ -81,14 +81,16 @@ def main() -> None:
 
 def table(case: dict) -> str:
     lines = [
-        "| | s/step | fastest to slowest | tokens/s | speed | peak MB | memory |",
-        "|---|---|---|---|---|---|---|",
+        "| | s/step | fastest to slowest | tokens/s | speed | peak MB | memory | of FMA peak |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, r in case["rows"].items():
+        part = r.get("peak_share")
+        share = f"{100 * part:.0f} %" if part else ""
         lines.append(
             f"| {name} | {r['seconds']:.2f} | {r['seconds_min']:.2f} to {r['seconds_max']:.2f} | "
             f"{r['tokens_per_second']:.0f} | {r['speed_ratio']:.2f}x | {r['peak_mb']:.0f} | "
-            f"{r['memory_ratio']:.2f}x |"
+            f"{r['memory_ratio']:.2f}x | {share} |"
         )
     return "\n".join(lines)
 
