@@ -20,6 +20,15 @@ def cpu_name() -> str:
     return f"{name} ({vectors[0] if vectors else 'no AVX2'})"
 
 
+def chosen(only: str, known: dict) -> list[str]:
+    """The names of a table's rows that are asked for, separated by commas; nothing = all."""
+    names = [name for name in only.split(",") if name] or list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    return names
+
+
 def status_mb(field: str) -> float:
     """VmHWM (peak) or VmRSS of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import cpu_name, status_mb
+from machine import chosen, cpu_name, status_mb
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 
@@ -174,10 +174,7 @@ def main() -> None:
     if options.worker:
         worker(options.worker, json.loads(options.files), options.steps)
         return
-    names = [n for n in options.only.split(",") if n] or list(METHODS)
-    unknown = [n for n in names if n not in METHODS]
-    if unknown:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    names = chosen(options.only, METHODS)
     print(f"{cpu_name()}, 2 threads; {options.steps} steps of {ROWS} x {WINDOW} tokens\n")
     print(f"{'method':<14}{'parameters':>12}{'held-out loss':>15}{'seconds':>9}{'peak MB':>9}")
     found = {}

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import cpu_name
+from machine import chosen, cpu_name
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
@@ -127,19 +127,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows, separated by commas")
     parser.add_argument("--json", help="where the figures are written, too")
     options = parser.parse_args()
-    names = [n for n in options.only.split(",") if n] or list(FORMS)
-    unknown = [n for n in names if n not in FORMS]
-    if unknown:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {', '.join(FORMS)}")
-    names = ["16-bit", *(n for n in names if n != "16-bit")]
+    names = ["16-bit", *(n for n in chosen(options.only, FORMS) if n != "16-bit")]
     print(f"{cpu_name()}, 2 threads; LoRA r 16, {options.steps} steps of 4 x {WINDOW} tokens\n")
     print(
         f"{'base':<15}{'MB':>7}{'packed in':>11}{'loss':>9}{'gap':>8}{'after LoRA':>12}{'gap':>8}"
         f"{'trained in':>12}{'peak MB':>9}"
     )
     found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         files = prepare(folder)
         for name in names:
             one = found[name] = measure(name, files, folder, options.steps)

@@ -10,6 +10,7 @@
 #include <budwood/quant/kernels/affine.h>
 #include <budwood/quant/kernels/bnb4.h>
 #include <budwood/quant/kernels/int8.h>
+#include <budwood/quant/nested_scales.h>
 #include <budwood/quant/quantize.h>
 #include <algorithm>
 #include <array>
@@ -94,22 +95,15 @@ Weight to_bnb4(const at::Tensor& w, const QuantizeOptions& options) {
   }
   Weight result{{codes, absmax, one_integer(size, w.device())}, format, out, in};
   if (!options.double_quant) return result;
-  const int64_t blocks = absmax.numel();
   // Few, so they are taken to the CPU from wherever they are.
-  const auto scales = absmax.cpu();
-  auto scale_codes = bytes_of({blocks}), nested = floats_of({(blocks + 255) / 256});
-  auto offset = scales.mean().reshape({1}), map = floats_of({256});
-  const auto status = kernels::quantize_absmax(
-      scales.const_data_ptr<float>(), blocks, offset.item<float>(),
-      scale_codes.mutable_data_ptr<uint8_t>(), nested.mutable_data_ptr<float>());
-  if (!status.ok()) refuse(w, {Fault::out_of_range, 0}, status.index * size);
-  std::copy_n(kernels::dynamic_map(), 256, map.mutable_data_ptr<float>());
+  const auto nested = nest_scales(absmax.cpu());
+  if (!nested.status.ok()) refuse(w, {Fault::out_of_range, 0}, nested.status.index * size);
   result.parts = {codes,
-                  scale_codes.to(w.device()),
+                  nested.codes.to(w.device()),
                   result.parts[2],
-                  nested.to(w.device()),
-                  map.to(w.device()),
-                  offset.to(w.device())};
+                  nested.absmax.to(w.device()),
+                  nested.map.to(w.device()),
+                  nested.offset.to(w.device())};
   return result;
 }
 

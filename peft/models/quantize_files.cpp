@@ -31,6 +31,10 @@ bool contains(const Names& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
+bool makes_integers(const QuantizeFilesOptions& options) {
+  return options.format == "int4" || options.format == "int8";
+}
+
 bool calibrates(const QuantizeFilesOptions& options) {
   return options.method == "gptq" || options.method == "awq";
 }
@@ -42,7 +46,7 @@ void check(const QuantizeFilesOptions& options) {
   if (!contains(kMethods, options.method))
     throw Error("quantize", fmt::format("unknown method '{}'; known: {}", options.method,
                                         fmt::join(kMethods, ", ")));
-  const bool integers = options.format == "int4" || options.format == "int8";
+  const bool integers = makes_integers(options);
   const bool floats = options.format == "nf4" || options.format == "fp4";
   if (options.method != "rtn" && !integers && !(floats && options.method == "gptq"))
     throw Error("quantize",
@@ -138,10 +142,9 @@ QuantizeFilesReport calibrated(const QuantizeFilesOptions& options) {
   QuantizeFilesReport report;
   const auto sequences = calibration_sequences(options);
   auto model = load(options.model, {.dtype = options.dtype, .weights = "dense"});
-  const bool integers = options.format == "int4" || options.format == "int8";
   const auto layers = calibrate(*model, sequences,
                                 {.method = options.method,
-                                 .format = integers ? "affine" : options.format,
+                                 .format = makes_integers(options) ? "affine" : options.format,
                                  .bits = options.format == "int8" ? 8 : 4,
                                  .group_size = options.block_size,
                                  .act_order = options.method == "gptq" && options.act_order,

@@ -20,6 +20,10 @@ QuantizingSource::QuantizingSource(WeightSource& source, quant::QuantizeOptions 
       skip_(std::move(skip)),
       observer_(std::move(observer)) {}
 
+QuantizingSource::~QuantizingSource() {
+  quant::trim_heap();
+}
+
 quant::Weight QuantizingSource::matrix(const std::string& name, int64_t out, int64_t in) {
   return packed(name, source_.matrix(name, out, in));
 }

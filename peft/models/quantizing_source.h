@@ -17,6 +17,9 @@ class QuantizingSource final : public WeightSource {
  public:
   QuantizingSource(WeightSource& source, quant::QuantizeOptions options,
                    std::vector<std::string> skip, QuantizeObserver observer = {});
+  ~QuantizingSource() override;
+  QuantizingSource(const QuantizingSource&) = delete;
+  QuantizingSource& operator=(const QuantizingSource&) = delete;
 
   bool has(const std::string& name) const override { return source_.has(name); }
   quant::Weight matrix(const std::string& name, int64_t out, int64_t in) override;

@@ -7,7 +7,6 @@
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
-#include <budwood/quant/memory_pool.h>
 #include <algorithm>
 #include <map>
 
@@ -94,7 +93,6 @@ std::shared_ptr<CausalLM> build_from(ModelConfig config, WeightSource& source,
         throw Error("load", fmt::format("quantize_skip '{}' is in the name of no matrix", entry));
   }
   require_all_used(source, model->config(), path);
-  quant::trim_heap();
   return model;
 }
 

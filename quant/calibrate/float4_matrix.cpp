@@ -4,6 +4,7 @@
 #include <budwood/quant/calibrate/packed_matrix.h>
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/bnb4.h>
+#include <budwood/quant/nested_scales.h>
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -83,16 +84,13 @@ class Float4Matrix final : public PackedMatrix {
 
   void grids_done() override {
     if (!double_quant_) return;
-    const int64_t blocks = scales_.numel();
-    offset_ = scales_.mean().reshape({1});
-    scale_codes_ = at::empty({blocks}, at::kByte);
-    nested_ = at::empty({(blocks + 255) / 256}, at::kFloat);
-    auto* codes = scale_codes_.mutable_data_ptr<uint8_t>();
-    auto* nested = nested_.mutable_data_ptr<float>();
-    const auto offset = offset_.item<float>();
-    if (!kernels::quantize_absmax(scale_, blocks, offset, codes, nested).ok())
+    nested_ = nest_scales(scales_);
+    if (!nested_.status.ok())
       throw Error("calibrate", "a block's scale is beyond what double quantisation can hold");
-    kernels::dequantize_absmax({codes, kernels::dynamic_map(), nested, offset}, 0, blocks, scale_);
+    kernels::dequantize_absmax(
+        {nested_.codes.const_data_ptr<uint8_t>(), nested_.map.const_data_ptr<float>(),
+         nested_.absmax.const_data_ptr<float>(), nested_.offset.item<float>()},
+        0, scales_.numel(), scale_);
   }
 
   double round(int64_t row, int64_t column, int64_t group, double value) override {
@@ -106,9 +104,10 @@ class Float4Matrix final : public PackedMatrix {
   Weight weight() override {
     const auto size = at::full({1}, size_, at::TensorOptions().dtype(at::kLong));
     if (!double_quant_) return {{codes_, scales_, size}, format_, out_, in_};
-    auto map = at::empty({256}, at::kFloat);
-    std::copy_n(kernels::dynamic_map(), 256, map.mutable_data_ptr<float>());
-    return {{codes_, scale_codes_, size, nested_, map, offset_}, format_, out_, in_};
+    return {{codes_, nested_.codes, size, nested_.absmax, nested_.map, nested_.offset},
+            format_,
+            out_,
+            in_};
   }
 
  private:
@@ -116,7 +115,8 @@ class Float4Matrix final : public PackedMatrix {
   Grid grid_;
   int64_t out_, in_, size_, groups_;
   bool double_quant_;
-  at::Tensor codes_, scales_, scale_codes_, nested_, offset_;
+  at::Tensor codes_, scales_;
+  NestedScales nested_;
   uint8_t* code_;
   float* scale_;
 };
