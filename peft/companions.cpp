@@ -128,11 +128,11 @@ CopiedEmbedding::CopiedEmbedding(std::shared_ptr<const AdapterConfig> config,
   weight_ = register_parameter("weight", float_copy(table));
 }
 
-at::Tensor CopiedEmbedding::forward(const at::Tensor& ids, at::Tensor) const {
+at::Tensor CopiedEmbedding::forward(const quant::Weight&, const at::Tensor& ids, at::Tensor) const {
   return at::embedding(weight_, ids);
 }
 
-at::Tensor CopiedEmbedding::fold_rows(at::Tensor rows, int64_t begin) const {
+at::Tensor CopiedEmbedding::fold_rows(const quant::Weight&, at::Tensor rows, int64_t begin) const {
   return weight_.detach().narrow(0, begin, rows.size(0)).to(at::kDouble);
 }
 
@@ -162,7 +162,8 @@ TrainedTokens::TrainedTokens(std::shared_ptr<const AdapterConfig> config,
   index_ = register_buffer("index", index);
 }
 
-at::Tensor TrainedTokens::forward(const at::Tensor& ids, at::Tensor rows) const {
+at::Tensor TrainedTokens::forward(const quant::Weight&, const at::Tensor& ids,
+                                  at::Tensor rows) const {
   const auto flat = index_.index_select(0, ids.flatten());
   const auto where = (flat >= 0).nonzero().flatten();
   if (where.size(0) == 0) return rows;
@@ -171,7 +172,7 @@ at::Tensor TrainedTokens::forward(const at::Tensor& ids, at::Tensor rows) const 
   return rows.reshape({-1, shape.back()}).index_copy(0, where, chosen).view(shape);
 }
 
-at::Tensor TrainedTokens::fold_rows(at::Tensor rows, int64_t begin) const {
+at::Tensor TrainedTokens::fold_rows(const quant::Weight&, at::Tensor rows, int64_t begin) const {
   const auto local = index_.narrow(0, begin, rows.size(0));
   const auto where = (local >= 0).nonzero().flatten();
   const auto chosen = rows_.detach().index_select(0, local.index_select(0, where));

@@ -37,8 +37,9 @@ class CopiedEmbedding final : public EmbeddingAdapter {
  public:
   CopiedEmbedding(std::shared_ptr<const AdapterConfig> config, const quant::Weight& table);
 
-  at::Tensor forward(const at::Tensor& ids, at::Tensor rows) const override;
-  at::Tensor fold_rows(at::Tensor rows, int64_t begin) const override;
+  at::Tensor forward(const quant::Weight& table, const at::Tensor& ids,
+                     at::Tensor rows) const override;
+  at::Tensor fold_rows(const quant::Weight& table, at::Tensor rows, int64_t begin) const override;
   AdapterState state() const override;
   bool composes() const override { return false; }
   bool companion() const override { return true; }
@@ -54,8 +55,9 @@ class TrainedTokens final : public EmbeddingAdapter {
   TrainedTokens(std::shared_ptr<const AdapterConfig> config, const quant::Weight& table,
                 const std::vector<int64_t>& ids, const std::string& path);
 
-  at::Tensor forward(const at::Tensor& ids, at::Tensor rows) const override;
-  at::Tensor fold_rows(at::Tensor rows, int64_t begin) const override;
+  at::Tensor forward(const quant::Weight& table, const at::Tensor& ids,
+                     at::Tensor rows) const override;
+  at::Tensor fold_rows(const quant::Weight& table, at::Tensor rows, int64_t begin) const override;
   AdapterState state() const override;
   bool composes() const override { return false; }
   bool companion() const override { return true; }

@@ -13,6 +13,12 @@ std::string part_name(size_t i) {
   return i == 0 ? "weight" : fmt::format("weight_{}", i);
 }
 
+// What an adapter at its run-time weight makes of rows: all of a change, or a part of it.
+at::Tensor weighted(const Adapter& adapter, const at::Tensor& before, at::Tensor after) {
+  if (adapter.weight() == 1.0) return after;
+  return before + adapter.weight() * (after - before);
+}
+
 }  // namespace
 
 EmbeddingSlotImpl::EmbeddingSlotImpl(quant::Weight weight) {
@@ -42,12 +48,14 @@ at::Tensor EmbeddingSlotImpl::adapt(const at::Tensor& ids, at::Tensor rows) cons
   const auto grouped = by_groups(ids.size(0), [&](const Adapter* adapter, const at::Tensor& own) {
     const auto table_rows = rows.index_select(0, own);
     if (!adapter) return table_rows;
-    return static_cast<const EmbeddingAdapter*>(adapter)
-        ->forward(ids.index_select(0, own), table_rows)
+    const auto& chosen = static_cast<const EmbeddingAdapter&>(*adapter);
+    return weighted(chosen, table_rows,
+                    chosen.forward(weight_, ids.index_select(0, own), table_rows))
         .to(dtype);
   });
   if (grouped) return *grouped;
-  for (const auto* adapter : running_as<EmbeddingAdapter>()) rows = adapter->forward(ids, rows);
+  for (const auto* adapter : running_as<EmbeddingAdapter>())
+    rows = weighted(*adapter, rows, adapter->forward(weight_, ids, rows));
   return rows.to(dtype);
 }
 
@@ -62,7 +70,8 @@ void EmbeddingSlotImpl::merge(const std::vector<std::string>& names) {
       folded.push_back(std::move(found));
   if (folded.empty()) return;
   auto weight = folded_weight(weight_, [&](at::Tensor rows, int64_t begin) {
-    for (const auto& adapter : folded) rows = adapter->fold_rows(std::move(rows), begin);
+    for (const auto& adapter : folded)
+      rows = weighted(*adapter, rows, adapter->fold_rows(weight_, rows, begin));
     return rows;
   });
   unmerged_ = weight_;

@@ -63,31 +63,63 @@ std::pair<at::Tensor, at::Tensor> principal_factors(const LoraConfig::Principal&
 
 }  // namespace
 
-RowNorms::RowNorms(const quant::Weight& weight) : weight_(weight.parts[0].unsafeGetTensorImpl()) {
-  at::NoGradGuard no_grad;
+namespace {
+
+// Calls use(rows [n, in] in the dtype, number of the first) for the whole weight.
+template <class Use>
+void for_panels(const quant::Weight& weight, at::ScalarType dtype, const Use& use) {
   const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / weight.in);
-  std::vector<at::Tensor> sums;
   for (int64_t begin = 0; begin < weight.out; begin += step)
-    sums.push_back(
-        weight.rows(begin, std::min(weight.out, begin + step), at::kFloat).square().sum(1));
-  squares_ = at::cat(sums);
+    use(weight.rows(begin, std::min(weight.out, begin + step), dtype), begin);
 }
 
-at::Tensor RowNorms::of(const LinearBase& base, const at::Tensor& a, const at::Tensor& b,
-                        double s) const {
+// The squares of norms that a sum of three terms cannot give, in fp64, one of [rows or columns].
+at::Tensor exact_square(const quant::Weight& weight, DoraNorms::Along along, int64_t which,
+                        const at::Tensor& a, const at::Tensor& b, double s) {
+  const auto delta = s * b.narrow(0, which, 1).to(at::kDouble).mm(a.to(at::kDouble)).flatten();
+  if (along == DoraNorms::Along::rows) {
+    const auto w = weight.rows(which, which + 1, at::kDouble).flatten();
+    return (w + delta).square().sum();
+  }
+  auto sum = at::zeros({}, at::kDouble);
+  for_panels(weight, at::kDouble, [&](const at::Tensor& rows, int64_t begin) {
+    sum += (rows.select(1, which) + delta.narrow(0, begin, rows.size(0))).square().sum();
+  });
+  return sum;
+}
+
+}  // namespace
+
+DoraNorms::DoraNorms(const quant::Weight& weight, Along along)
+    : along_(along), weight_(weight.parts[0].unsafeGetTensorImpl()) {
+  at::NoGradGuard no_grad;
+  if (along == Along::rows) {
+    std::vector<at::Tensor> sums;
+    for_panels(weight, at::kFloat,
+               [&](const at::Tensor& rows, int64_t) { sums.push_back(rows.square().sum(1)); });
+    squares_ = at::cat(sums);
+    return;
+  }
+  auto sums = at::zeros({weight.in}, at::kDouble);
+  for_panels(weight, at::kFloat,
+             [&](const at::Tensor& rows, int64_t) { sums += rows.square().sum(0); });
+  squares_ = sums.to(at::kFloat);
+}
+
+at::Tensor DoraNorms::of(const quant::Weight& weight, const at::Tensor& a, const at::Tensor& b,
+                         double s) const {
   // Below this share of W's own norm the sum of three terms has lost its digits.
   constexpr double kCancelled = 0.01;
   at::NoGradGuard no_grad;
-  if (base.weight.parts[0].unsafeGetTensorImpl() != weight_)
-    return RowNorms(base.weight).of(base, a, b, s);
-  const auto wa = base.weight.linear(a).t();  // W Aᵀ [out, r]
+  if (weight.parts[0].unsafeGetTensorImpl() != weight_)
+    return DoraNorms(weight, along_).of(weight, a, b, s);
+  // W Aᵀ [out, r], or Wᵀ Aᵀ [in, r].
+  const auto wa = (along_ == Along::rows ? weight.linear(a) : weight.backward_input(a)).t();
   auto squares = squares_ + 2 * s * (wa * b).sum(1) + s * s * (b.mm(a.mm(a.t())) * b).sum(1);
   const auto lost = (squares < kCancelled * squares_).nonzero().flatten();
   for (int64_t i = 0; i < lost.size(0); ++i) {
-    const auto row = lost[i].item<int64_t>();
-    const auto w = base.weight.rows(row, row + 1, at::kDouble);
-    const auto v = w + s * b.narrow(0, row, 1).to(at::kDouble).mm(a.to(at::kDouble));
-    squares[row] = v.square().sum().to(at::kFloat);
+    const auto which = lost[i].item<int64_t>();
+    squares[which] = exact_square(weight, along_, which, a, b, s).to(at::kFloat);
   }
   return squares.clamp_min_(0).sqrt_();
 }
@@ -114,10 +146,10 @@ Lora::Lora(std::shared_ptr<const LoraConfig> config, const LinearBase& base,
   if (config->lora_bias)
     bias_ = register_parameter("lora_B_bias", at::zeros({weight.out}, at::kFloat));
   if (config->use_dora) {
-    norms_.emplace(weight);
+    norms_.emplace(weight, DoraNorms::Along::rows);
     const auto taken = start_a_.defined() ? at::zeros_like(b) : b;
     magnitude_ = register_parameter("lora_magnitude_vector",
-                                    norms_->of(base, a.detach(), taken.detach(), scaling_));
+                                    norms_->of(weight, a.detach(), taken.detach(), scaling_));
   }
 }
 
@@ -133,7 +165,7 @@ LinearTerm Lora::term(const LinearBase& base) const {
   }
   if (is_training()) term.dropout = dropout_;
   if (norms_) {
-    term.gain = magnitude_ / norms_->of(base, term.a.detach(), term.b.detach(), scaling_);
+    term.gain = magnitude_ / norms_->of(base.weight, term.a.detach(), term.b.detach(), scaling_);
     term.gain_spares_bias = true;
   }
   return term;
@@ -172,28 +204,45 @@ LoraEmbedding::LoraEmbedding(std::shared_ptr<const LoraConfig> config, const qua
                              const std::string& path, uint64_t seed)
     : EmbeddingAdapter(config), scaling_(config->scaling(path)) {
   const int64_t rank = config->rank(path);
-  if (config->use_dora)
-    throw Error("inject", fmt::format("use_dora is not available for the token table '{}'", path));
   auto generator = stream(seed);
   auto a = at::zeros({rank, table.out}, at::kFloat);
   if (!config->identity_init()) a.normal_(0.0, 0.02, generator);
   lora_a_ = register_parameter("lora_embedding_A", a);
   lora_b_ = register_parameter(
       "lora_embedding_B", at::empty({table.in, rank}, at::kFloat).normal_(0.0, 1.0, generator));
+  if (!config->use_dora) return;
+  norms_.emplace(table, DoraNorms::Along::columns);
+  magnitude_ = register_parameter("lora_magnitude_vector",
+                                  norms_->of(table, lora_a_.detach(), lora_b_.detach(), scaling_));
 }
 
-at::Tensor LoraEmbedding::forward(const at::Tensor& ids, at::Tensor rows) const {
+at::Tensor LoraEmbedding::gain(const quant::Weight& table) const {
+  return magnitude_ / norms_->of(table, lora_a_.detach(), lora_b_.detach(), scaling_);
+}
+
+at::Tensor LoraEmbedding::forward(const quant::Weight& table, const at::Tensor& ids,
+                                  at::Tensor rows) const {
   const auto chosen = at::embedding(lora_a_.t(), ids);
-  return rows + (at::linear(chosen, lora_b_) * scaling_).to(rows.scalar_type());
+  const auto added = at::linear(chosen, lora_b_) * scaling_;
+  if (!norms_) return rows + added.to(rows.scalar_type());
+  return ((rows + added) * gain(table)).to(rows.scalar_type());
 }
 
-at::Tensor LoraEmbedding::fold_rows(at::Tensor rows, int64_t begin) const {
+at::Tensor LoraEmbedding::fold_rows(const quant::Weight& table, at::Tensor rows,
+                                    int64_t begin) const {
   const auto a = lora_a_.narrow(1, begin, rows.size(0)).t().to(at::kDouble);
-  return rows.addmm(a, lora_b_.t().to(at::kDouble), 1, scaling_ * weight());
+  auto folded = rows.addmm(a, lora_b_.t().to(at::kDouble), 1, scaling_);
+  return norms_ ? folded * gain(table).to(at::kDouble) : folded;
 }
 
 AdapterState LoraEmbedding::state() const {
-  return {{"lora_embedding_A", lora_a_}, {"lora_embedding_B", lora_b_}};
+  AdapterState tensors = {{"lora_embedding_A", lora_a_}, {"lora_embedding_B", lora_b_}};
+  if (magnitude_.defined()) tensors.emplace_back("lora_magnitude_vector", magnitude_);
+  return tensors;
+}
+
+bool LoraEmbedding::starts_as_identity() const {
+  return static_cast<const LoraConfig&>(*config()).identity_init() && !norms_;
 }
 
 namespace {

@@ -10,15 +10,18 @@ namespace budwood {
 
 struct LoraConfig;
 
-/// Row norms of V = W + s B A [out], without V; see dora_gain.
-class RowNorms {
+/// DoRA's norms, without a second matrix of W's size: of the rows of W + s B A [out], or of the
+/// columns of W + s (B A)ᵀ [in]. A [r, in] and B [out, r]; for columns A [r, out] and B [in, r].
+class DoraNorms {
  public:
-  explicit RowNorms(const quant::Weight& weight);
-  at::Tensor of(const LinearBase& base, const at::Tensor& a, const at::Tensor& b,
+  enum class Along { rows, columns };
+  DoraNorms(const quant::Weight& weight, Along along);
+  at::Tensor of(const quant::Weight& weight, const at::Tensor& a, const at::Tensor& b,
                 double scaling) const;
 
  private:
-  at::Tensor squares_;  // of W's rows
+  Along along_;
+  at::Tensor squares_;  // of W's rows or columns
   const void* weight_;  // whose they are
 };
 
@@ -56,25 +59,35 @@ class Lora final : public LinearAdapter {
   at::Tensor lora_a_, lora_b_;
   at::Tensor bias_;       // of B; undefined without lora_bias
   at::Tensor magnitude_;  // DoRA's m
-  std::optional<RowNorms> norms_;
+  std::optional<DoraNorms> norms_;
   at::Tensor start_a_, start_b_;  // A₀, B₀
 };
 
 /// LoRA on a token table: row(t) += s B A[:, t]. A [r, vocabulary] starts at 0 and B [dim, r] at
 /// N(0, 1). No dropout.
+///
+/// DoRA: row(t) = m / n ∘ (W[t] + s B A[:, t]), n = the norms of the table's columns with the
+/// product added, over the whole vocabulary, m [dim] learned (HF PEFT's convention).
 class LoraEmbedding final : public EmbeddingAdapter {
  public:
   LoraEmbedding(std::shared_ptr<const LoraConfig> config, const quant::Weight& table,
                 const std::string& path, uint64_t seed);
 
-  at::Tensor forward(const at::Tensor& ids, at::Tensor rows) const override;
-  at::Tensor fold_rows(at::Tensor rows, int64_t begin) const override;
+  at::Tensor forward(const quant::Weight& table, const at::Tensor& ids,
+                     at::Tensor rows) const override;
+  at::Tensor fold_rows(const quant::Weight& table, at::Tensor rows, int64_t begin) const override;
   AdapterState state() const override;
+  bool starts_as_identity() const override;
+  bool composes() const override { return !norms_; }
   int64_t rank() const override { return lora_a_.size(0); }
 
  private:
+  at::Tensor gain(const quant::Weight& table) const;
+
   double scaling_;
   at::Tensor lora_a_, lora_b_;
+  at::Tensor magnitude_;  // DoRA's m
+  std::optional<DoraNorms> norms_;
 };
 
 }  // namespace budwood

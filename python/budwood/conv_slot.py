@@ -13,27 +13,33 @@ from .slots import LoraSlot
 
 def is_conv(layer: nn.Module) -> bool:
     """Whether a layer is a convolution that LoRA attaches to."""
-    return isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.weight.is_floating_point()
+    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.weight.is_floating_point()
+
+
+def check_rank(layer: nn.Module, r: int) -> None:
+    """Raises for a rank that a convolution's groups do not divide."""
+    if r % layer.groups != 0:
+        raise Error(
+            f"[inject] LoRA on a convolution with groups={layer.groups} wants a rank that is a "
+            f"multiple of it, found r={r}"
+        )
 
 
 class ConvSlot(LoraSlot):
-    """A torch.nn.Conv1d or Conv2d with LoRA adapters: y = conv(x) + Σ s B(A(D(x))).
+    """A torch.nn.Conv1d, Conv2d or Conv3d with LoRA adapters: y = conv(x) + Σ s B(A(D(x))).
 
-    A is a convolution to r channels with the base's kernel, stride, padding and dilation, B one of
-    kernel 1, as in HF PEFT. Grouped convolutions are refused: their kernel cannot hold B A.
+    A is a convolution of all channels to r with the base's kernel, stride, padding and dilation, B
+    one of kernel 1 with the base's groups, as in HF PEFT. With groups A reads channels that the
+    base's kernel does not, so such an adapter is not merged.
     """
 
-    def __init__(self, base_layer: nn.Conv1d | nn.Conv2d) -> None:
+    def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(base_layer)
-        if base_layer.groups != 1:
-            raise Error(
-                "[inject] LoRA on a convolution wants groups=1, found "
-                f"groups={base_layer.groups}: the product of two factors is no grouped kernel"
-            )
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
 
     def make_factors(self, r: int, lora_bias: bool) -> tuple[nn.Module, nn.Module]:
         base = self.base_layer
+        check_rank(base, r)
         a = type(base)(
             base.in_channels,
             r,
@@ -44,7 +50,7 @@ class ConvSlot(LoraSlot):
             bias=False,
             padding_mode=base.padding_mode,
         )
-        b = type(base)(r, base.out_channels, 1, bias=lora_bias)
+        b = type(base)(r, base.out_channels, 1, groups=base.groups, bias=lora_bias)
         return a, b
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,6 +87,11 @@ class ConvSlot(LoraSlot):
         added = [n for n in names if n in self.lora_A and n not in self.merged_adapters]
         if not added:
             return
+        if self.base_layer.groups != 1:
+            raise Error(
+                f"[merge] {added} cannot be merged into a convolution with groups="
+                f"{self.base_layer.groups}: LoRA's product is not a grouped kernel"
+            )
         old, old_bias = self._unmerged or (self.base_layer.weight, self.base_layer.bias)
         merged = [*self.merged_adapters, *added]
         weight, bias = old.double(), old_bias

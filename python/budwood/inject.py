@@ -11,8 +11,8 @@ from torch import nn
 
 from . import _C
 from .biases import TrainedBiases
-from .config import PeftConfig, as_config, check_adapter_name, is_plain_lora
-from .conv_slot import ConvSlot, is_conv
+from .config import LoraConfig, PeftConfig, as_config, check_adapter_name, is_plain_lora
+from .conv_slot import ConvSlot, check_rank, is_conv
 from .errors import Error
 from .saved_modules import SavedModule
 from .slots import EmbeddingSlot, LinearSlot, LoraSlot
@@ -66,10 +66,12 @@ def inject(
     if adapter_name in adapters_of(model):
         raise Error(f"[inject] an adapter named {adapter_name!r} is already attached")
     first = not any(True for _ in slots(model))
-    if not is_plain_lora(config):
+    if not isinstance(config, LoraConfig):
         return _inject_method(model, config, adapter_name, first, loading)
     match = match_targets(config, model, strict=not loading)
-    if any(_is_embedding(model.get_submodule(t.path)) for t in match.targets):
+    tables = any(_is_embedding(model.get_submodule(t.path)) for t in match.targets)
+    if tables or not is_plain_lora(config):
+        _refuse_convolutions(model, match.targets, config)
         return _inject_method(model, config, adapter_name, first, loading)
     targets, report = match.targets, InjectReport(warnings=match.warnings)
     layers = _target_layers(model, targets)
@@ -219,20 +221,41 @@ def _record(model: nn.Module, adapter_name: str, config: PeftConfig, match: Matc
     model.__dict__.setdefault("peft_config", {})[adapter_name] = config
 
 
+def _refuse_convolutions(model: nn.Module, targets: list[Target], config: PeftConfig) -> None:
+    held = [t.path for t in targets if is_conv(_base(model.get_submodule(t.path)))]
+    if not held:
+        return
+    plain = {"use_dora": (False,), "trainable_token_indices": (None,)}
+    plain["init_lora_weights"] = (True, False, "gaussian")
+    reasons = [
+        f"{option}={getattr(config, option)!r}"
+        for option, values in plain.items()
+        if getattr(config, option) not in values
+    ]
+    raise Error(
+        f"[inject] {', '.join(held)}: a convolution takes plain LoRA, in a configuration without "
+        f"token tables; here is {', '.join(reasons) or 'a token table among the targets'}"
+    )
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, LoraSlot) else layer
+
+
 def _target_layers(model: nn.Module, targets: list[Target]) -> list[nn.Module]:
     layers = [model.get_submodule(t.path) for t in targets]
     wrong = []
     for target, layer in zip(targets, layers, strict=True):
-        base = layer.base_layer if isinstance(layer, LoraSlot) else layer
+        base = _base(layer)
         if is_conv(base):
-            ConvSlot(base)  # refuses what it cannot adapt
+            check_rank(base, target.r)
         elif not is_linear(base):
             wrong.append(f"{target.path} ({type(base).__module__}.{type(base).__qualname__})")
     if wrong:
         raise Error(
-            "[inject] LoRA attaches to torch.nn.Linear, Conv1d, Conv2d and transformers' Conv1D "
-            "with floating point weights and to packed layers, but target_modules also matches: "
-            + ", ".join(wrong)
+            "[inject] LoRA attaches to torch.nn.Linear, Conv1d, Conv2d, Conv3d and transformers' "
+            "Conv1D with floating point weights and to packed layers, but target_modules also "
+            "matches: " + ", ".join(wrong)
         )
     return layers
 

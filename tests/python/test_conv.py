@@ -122,15 +122,71 @@ def test_rows_with_different_adapters():
         assert torch.allclose(found[i : i + 1], wanted, rtol=1e-4, atol=1e-5)
 
 
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.flat = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2)
+        self.deep = nn.Conv3d(8, 6, (1, 3, 3), padding=(0, 1, 1), groups=2, bias=False)
+
+    def forward(self, x):
+        return self.deep(self.flat(x).relu().unsqueeze(2)).flatten(1)
+
+
+def test_grouped_convolutions_are_hf_pefts_and_not_merged(tmp_path):
+    torch.manual_seed(1)
+    base, x = Grouped(), torch.randn(2, 4, 6, 6)
+    config = {"r": 4, "lora_alpha": 5, "target_modules": ["flat", "deep"]}
+    with pytest.warns(UserWarning, match="groups"):
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = budwood.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert torch.allclose(theirs(x), ours(x), rtol=1e-5, atol=1e-6)
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    wanted = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(p.grad, wanted[name].grad, rtol=1e-4, atol=1e-5), name
+    before = ours(x)
+    with pytest.raises(budwood.Error, match="groups=2"):
+        ours.merge_adapter()
+    assert torch.equal(ours(x), before)
+    with pytest.raises(budwood.Error, match="multiple of it, found r=3"):
+        budwood.get_peft_model(Grouped(), budwood.LoraConfig(r=3, target_modules=["flat"]))
+
+
+def test_a_deep_convolution_is_merged():
+    torch.manual_seed(2)
+    base, x = nn.Sequential(nn.Conv3d(3, 4, 3, padding=1)), torch.randn(2, 3, 4, 4, 4)
+    ours = budwood.get_peft_model(base, budwood.LoraConfig(r=2, target_modules=["0"]))
+    randomise(ours)
+    wanted = ours(x)
+    assert torch.allclose(ours.merge_and_unload()(x), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_what_cannot_be_is_named():
-    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(budwood.Error, match="groups=1, found groups=2"):
-        budwood.get_peft_model(grouped, budwood.LoraConfig(target_modules=["0"]))
-    for kind in (nn.Conv3d, nn.ConvTranspose2d):
-        with pytest.raises(budwood.Error, match=kind.__name__):
-            budwood.get_peft_model(
-                nn.Sequential(kind(2, 2, 3)), budwood.LoraConfig(target_modules=["0"])
-            )
+    transposed = nn.Sequential(nn.ConvTranspose2d(2, 2, 3))
+    with pytest.raises(budwood.Error, match="ConvTranspose2d"):
+        budwood.get_peft_model(transposed, budwood.LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"target_modules": ["conv", "table"]}, "a token table among the targets"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_on_a_convolution(options, named):
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "table": nn.Embedding(5, 4)})
+    before = list(model.modules())
+    with pytest.raises(budwood.Error, match=f"conv: a convolution takes plain LoRA.*{named}"):
+        budwood.get_peft_model(model, budwood.LoraConfig(**{"target_modules": ["conv"], **options}))
+    assert list(model.modules()) == before
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_vision_transformer_with_its_patches():

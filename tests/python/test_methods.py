@@ -86,10 +86,13 @@ def peft_config(method, family):
         return peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", **targets)
     if method == "olora":
         return peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="olora", **targets)
-    if method == "lora_embedding":
+    if method in ("lora_embedding", "dora_embedding"):
         name = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}[family]
         return peft.LoraConfig(
-            r=4, lora_alpha=6, **{**targets, "target_modules": [*TARGETS[family], name]}
+            r=4,
+            lora_alpha=6,
+            use_dora=method == "dora_embedding",
+            **{**targets, "target_modules": [*TARGETS[family], name]},
         )
     if method == "trained_tokens":
         return peft.LoraConfig(r=4, trainable_token_indices=[5, 9, 17], **targets)
@@ -132,6 +135,7 @@ METHODS = [
     "pissa",
     "olora",
     "lora_embedding",
+    "dora_embedding",
     "trained_tokens",
     "saved_modules",
     "ia3",
@@ -261,7 +265,17 @@ def test_a_saved_adapter_comes_back_as_it_was(method, family, tmp_path):
     assert trained == sum(p.numel() for p in again.parameters() if p.requires_grad)
 
 
-IDENTITY = ["lora", "dora", "pissa", "olora", "ia3", "vera", "adalora", "adaption_prompt"]
+IDENTITY = [
+    "lora",
+    "dora",
+    "dora_embedding",
+    "pissa",
+    "olora",
+    "ia3",
+    "vera",
+    "adalora",
+    "adaption_prompt",
+]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -281,7 +295,17 @@ def test_a_fresh_adapter_leaves_the_model_as_it_is(method, family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize(
-    "method", ["dora", "pissa", "ia3", "adalora", "vera", "lora_embedding", "trained_tokens"]
+    "method",
+    [
+        "dora",
+        "pissa",
+        "ia3",
+        "adalora",
+        "vera",
+        "lora_embedding",
+        "dora_embedding",
+        "trained_tokens",
+    ],
 )
 def test_merged_equals_unmerged_and_unmerging_restores_every_bit(method, family):
     base, rows = tiny(family), batch(family)

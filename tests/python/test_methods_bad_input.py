@@ -57,10 +57,6 @@ CANNOT_ATTACH = [
         lambda: budwood.VeraConfig(r=4, target_modules=["embed_tokens"]),
         r"VERA attaches to Linear slots.*embed_tokens",
     ),
-    (
-        lambda: budwood.LoraConfig(use_dora=True, target_modules=["embed_tokens"]),
-        r"use_dora.*embed_tokens",
-    ),
     (lambda: budwood.LoraConfig(target_modules=["q_proj", "qq_proj"]), r"qq_proj"),
     (lambda: budwood.IA3Config(target_modules=["q_prj"], feedforward_modules=[]), r"q_prj"),
     (

@@ -409,3 +409,52 @@ TEST_CASE("adapters of several kinds add up, each with its weight") {
   model.up->adapter("b")->set_weight(0.5);
   CHECK(torch::allclose(run(model.up, x), base + a + 0.5 * b, 1e-4, 1e-4));
 }
+
+TEST_CASE("a token table takes each adapter at its weight, and a merge folds in the same") {
+  for (const bool dora : {false, true}) {
+    CAPTURE(dora);
+    Places model;
+    auto config = std::make_shared<LoraConfig>();
+    config->target_modules = List{"table"};
+    config->use_dora = dora;
+    inject(model, config);
+    randomise(model, 0.5);
+    const auto ids = torch::arange(11);
+    const auto base = model.table->weight().rows(0, 11, at::kFloat);
+    const auto whole = model.table(ids, at::kFloat).detach();
+    CHECK_FALSE(torch::allclose(whole, base));
+    model.table->adapter("default")->set_weight(0.25);
+    const auto wanted = base + 0.25 * (whole - base);
+    CHECK(torch::allclose(model.table(ids, at::kFloat), wanted, 1e-5, 1e-5));
+    merge(model);
+    CHECK(torch::allclose(model.table->weight().rows(0, 11, at::kFloat), wanted, 1e-5, 1e-5));
+    unmerge(model);
+    CHECK(torch::equal(model.table->weight().rows(0, 11, at::kFloat), base));
+  }
+}
+
+TEST_CASE("DoRA on a token table has the column norms it learned, also where they cancel") {
+  Places model;
+  auto config = std::make_shared<LoraConfig>();
+  config->target_modules = List{"table"};
+  config->use_dora = true;
+  config->r = 2;
+  inject(model, config);
+  randomise(model, 0.5);
+  const auto w = model.table->weight().rows(0, 11, at::kDouble);
+  const auto state = model.table->adapter("default")->state();
+  const auto a = state[0].second, b = state[1].second, m = state[2].second;
+  REQUIRE(state[2].first == "lora_magnitude_vector");
+  const double s = config->scaling("table");
+  // A change that takes column 3 of W away but for a thousandth.
+  torch::NoGradGuard no_grad;
+  a[0].copy_(w.select(1, 3));
+  b[3].zero_();
+  b[3][0] = -0.999 / s;
+  const auto v = w + s * a.t().to(at::kDouble).mm(b.t().to(at::kDouble));
+  const auto wanted = v * (m.to(at::kDouble) / v.norm(2, 0));
+  const auto found = model.table(torch::arange(11), at::kFloat).to(at::kDouble);
+  const auto others = torch::cat({torch::arange(3), torch::arange(4, 32)});
+  CHECK(torch::allclose(found.index_select(1, others), wanted.index_select(1, others), 1e-4, 1e-4));
+  CHECK(torch::allclose(found.select(1, 3), wanted.select(1, 3), 1e-2, 1e-2));
+}
