@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <budwood/peft/config.h>
+#include <budwood/peft/fold.h>
 #include <budwood/peft/slot.h>
 
 namespace py = pybind11;
@@ -146,7 +147,8 @@ void bind_slots(py::module_& m) {
           [](const LinearSlotImpl& slot, const at::Tensor& rows, int64_t begin,
              const py::list& first, const std::vector<std::string>& names) {
             at::NoGradGuard no_grad;
-            return fold_rows(rows, begin, merged_terms(slot, first, names));
+            return fold_rows(rows.clone(at::MemoryFormat::Contiguous), begin,
+                             merged_terms(slot, first, names));
           },
           py::arg("rows"), py::arg("begin"), py::arg("first"), py::arg("names"),
           "Rows of the base in fp64 with the terms `first` and those of the named adapters in "
@@ -159,6 +161,23 @@ void bind_slots(py::module_& m) {
             return if_defined(fold_bias(slot.bias(), merged_terms(slot, first, names)));
           },
           py::arg("first"), py::arg("names"));
+
+  m.def(
+      "fold_rows",
+      [](const at::Tensor& rows, int64_t begin, const py::list& terms) {
+        at::NoGradGuard no_grad;
+        return fold_rows(rows.clone(at::MemoryFormat::Contiguous), begin, terms_of(terms));
+      },
+      py::arg("rows"), py::arg("begin"), py::arg("terms"),
+      "Rows [begin, begin + rows.size(0)) of a weight in fp64 with LoRA terms in them.");
+  m.def(
+      "rounded_once",
+      [](const at::Tensor& values, const at::Tensor& like) {
+        at::NoGradGuard no_grad;
+        return rounded_once(values, like.scalar_type());
+      },
+      py::arg("values"), py::arg("like"),
+      "fp64 values in the dtype of another tensor, each rounded once.");
 
   py::class_<EmbeddingSlotImpl, Slot, std::shared_ptr<EmbeddingSlotImpl>>(m, "EmbeddingSlot")
       .def("adapt", &EmbeddingSlotImpl::adapt, py::arg("ids"), py::arg("rows"),

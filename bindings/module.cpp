@@ -13,6 +13,8 @@ void bind_files(py::module_& m);
 void bind_models(py::module_& m);
 void bind_inject(py::module_& m);
 void bind_mirror(py::module_& m);
+void bind_merge(py::module_& m);
+void bind_extract(py::module_& m);
 void bind_train(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_quant(py::module_& m);
@@ -53,6 +55,8 @@ PYBIND11_MODULE(_C, m) {
   bind_files(m);
   bind_models(m);
   bind_mirror(m);
+  bind_merge(m);
+  bind_extract(m);
   bind_inject(m);
   bind_train(m);
   bind_ops(m);

@@ -71,7 +71,7 @@ void EmbeddingSlotImpl::merge(const std::vector<std::string>& names) {
   if (folded.empty()) return;
   auto weight = folded_weight(weight_, [&](at::Tensor rows, int64_t begin) {
     for (const auto& adapter : folded)
-      rows = weighted(*adapter, rows, adapter->fold_rows(weight_, rows, begin));
+      rows = weighted(*adapter, rows, adapter->fold_rows(weight_, rows.clone(), begin));
     return rows;
   });
   unmerged_ = weight_;

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <budwood/peft/fold.h>
+#include <budwood/peft/kernels/fold.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
 
@@ -20,7 +21,9 @@ quant::Weight folded_weight(const quant::Weight& weight,
   const int64_t step = std::max<int64_t>(1, kPanelElements / weight.in);
   for (int64_t begin = 0; begin < weight.out; begin += step) {
     const int64_t end = std::min(weight.out, begin + step);
-    const auto rounded = fold(weight.rows(begin, end, at::kDouble).clone(), begin).to(dtype);
+    const auto rows = weight.rows(begin, end, at::kDouble).to(at::kCPU);
+    const auto folded = fold(rows.clone(at::MemoryFormat::Contiguous), begin);
+    const auto rounded = rounded_once(folded, dtype);
     if (!rounded.isfinite().all().item<bool>())
       throw Error(
           "merge",
@@ -31,6 +34,28 @@ quant::Weight folded_weight(const quant::Weight& weight,
   return weight.format == quant::Format::dense_transposed
              ? quant::Weight::dense_transposed(merged.t().contiguous())
              : quant::Weight::dense(std::move(merged));
+}
+
+at::Tensor rounded_once(const at::Tensor& values, at::ScalarType dtype) {
+  kernels::FloatType type;
+  switch (dtype) {
+    case at::kFloat:
+      type = kernels::FloatType::fp32;
+      break;
+    case at::kBFloat16:
+      type = kernels::FloatType::bf16;
+      break;
+    case at::kHalf:
+      type = kernels::FloatType::fp16;
+      break;
+    default:
+      return values.to(dtype);
+  }
+  const auto wide = values.to(at::kCPU, at::kDouble).contiguous();
+  auto rounded = at::empty(wide.sizes(), wide.options().dtype(dtype));
+  kernels::round_once(wide.const_data_ptr<double>(), type, rounded.mutable_data_ptr(),
+                      wide.numel());
+  return rounded;
 }
 
 }  // namespace budwood

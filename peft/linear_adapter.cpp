@@ -1,8 +1,11 @@
 #include <ATen/ATen.h>
 
+#include <budwood/peft/fold.h>
+#include <budwood/peft/kernels/fold.h>
 #include <budwood/peft/linear_adapter.h>
 #include <budwood/peft/ops/lora_linear.h>
 #include <budwood/quant/ops.h>
+#include <cmath>
 
 namespace budwood {
 namespace {
@@ -69,16 +72,32 @@ at::Tensor apply_terms(const LinearBase& base, const std::vector<LinearTerm>& te
 }
 
 at::Tensor fold_rows(at::Tensor rows, int64_t begin, const std::vector<LinearTerm>& terms) {
-  const int64_t n = rows.size(0);
-  const auto wide = [](const at::Tensor& t) { return t.detach().to(at::kDouble); };
+  const int64_t n = rows.size(0), in = rows.size(1);
+  const auto wide = [](const at::Tensor& t) { return t.detach().to(at::kCPU, at::kDouble); };
+  const auto plain = [](const at::Tensor& t) {
+    return t.detach().to(at::kCPU, at::kFloat).contiguous();
+  };
   if (!terms.empty() && terms[0].own_weight.defined())
     return wide(terms[0].own_weight.narrow(0, begin, n));
   for (const auto& term : terms)
     if (term.input_gain.defined()) rows = rows * wide(term.input_gain);
   for (const auto& term : terms) {
-    if (term.a.defined())
-      rows = rows.addmm(wide(term.b.narrow(0, begin, n)), wide(term.a), 1, term.scaling);
-    if (term.gain.defined()) rows = rows * wide(term.gain.narrow(0, begin, n)).unsqueeze(1);
+    if (term.a.defined()) {
+      const auto a = plain(term.a), b = plain(term.b);
+      const int64_t rank = a.size(0);
+      kernels::add_product(rows.mutable_data_ptr<double>(), n, in,
+                           {b.const_data_ptr<float>() + begin * rank, rank, 1, term.scaling},
+                           {a.const_data_ptr<float>(), 1, in}, rank);
+    }
+    if (term.magnitude.defined()) {
+      auto gain = wide(term.magnitude.narrow(0, begin, n)).contiguous();
+      auto* values = gain.mutable_data_ptr<double>();
+      for (int64_t i = 0; i < n; ++i)
+        values[i] /= std::sqrt(kernels::sum_of_squares(rows.const_data_ptr<double>() + i * in, in));
+      rows = rows * gain.unsqueeze(1);
+    } else if (term.gain.defined()) {
+      rows = rows * wide(term.gain.narrow(0, begin, n)).unsqueeze(1);
+    }
   }
   return rows;
 }
@@ -96,7 +115,7 @@ at::Tensor fold_bias(const at::Tensor& bias, const std::vector<LinearTerm>& term
       sum = sum * term.gain.detach().to(at::kDouble);
   }
   if (!sum.defined()) return bias;
-  return sum.to(bias.defined() ? bias.scalar_type() : at::kFloat);
+  return rounded_once(sum, bias.defined() ? bias.scalar_type() : at::kFloat).to(sum.device());
 }
 
 }  // namespace budwood

@@ -34,7 +34,8 @@ struct LinearTerm {
   at::Tensor inner_bias = {};  ///< b_B [out], scaled as B is
   at::Tensor gain = {};        ///< [out]
   bool gain_spares_bias = false;
-  at::Tensor input_gain = {};                 ///< [in]
+  at::Tensor magnitude = {};   ///< [out]: gain is this over norms, which folding takes in fp64
+  at::Tensor input_gain = {};  ///< [in]
   at::Tensor own_weight = {}, own_bias = {};  ///< [out, in], [out]
 };
 
@@ -51,7 +52,8 @@ class LinearAdapter : public Adapter {
 /// x [..., in] -> [..., out]: the base with the terms, one after the other.
 at::Tensor apply_terms(const LinearBase& base, const std::vector<LinearTerm>& terms,
                        const at::Tensor& x);
-/// Rows [begin, begin + rows.size(0)) of W in fp64 -> the same rows with the terms folded in.
+/// Rows [begin, begin + rows.size(0)) of W in fp64, contiguous -> the same rows with the terms
+/// folded in, maybe in place.
 at::Tensor fold_rows(at::Tensor rows, int64_t begin, const std::vector<LinearTerm>& terms);
 /// The bias with the terms folded in, in the bias's dtype (fp32 where there was none); undefined
 /// when there is still none.

@@ -19,6 +19,7 @@ LinearTerm weighted(LinearTerm term, double weight) {
   if (weight == 1.0) return term;
   term.scaling *= weight;
   if (term.gain.defined()) term.gain = 1 + weight * (term.gain - 1);
+  term.magnitude = at::Tensor();
   if (term.input_gain.defined()) term.input_gain = 1 + weight * (term.input_gain - 1);
   return term;
 }

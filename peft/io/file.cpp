@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <utility>
 
 namespace budwood::io {
 namespace fs = std::filesystem;
@@ -79,6 +80,40 @@ void MappedFile::release(const std::byte* begin, size_t bytes) const {
   const auto first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
   const auto last = (reinterpret_cast<uintptr_t>(begin) + bytes) / page * page;
   if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
+RandomFile::RandomFile(const fs::path& path) : path_(path) {
+  OpenFile file;
+  open_regular(path, "RandomFile", file);
+  descriptor_ = std::exchange(file.fd, -1);
+  size_ = file.size;
+}
+
+RandomFile::RandomFile(RandomFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      descriptor_(std::exchange(other.descriptor_, -1)),
+      size_(other.size_) {}
+
+RandomFile::~RandomFile() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+void RandomFile::read(uint64_t begin, void* to, size_t bytes) const {
+  if (begin > size_ || bytes > size_ - begin)
+    throw Error("RandomFile", fmt::format("{} holds {} bytes, those from {} to {} were asked for",
+                                          path_.string(), size_, begin, begin + bytes));
+  auto* out = static_cast<std::byte*>(to);
+  for (size_t done = 0; done < bytes;) {
+    const ssize_t n =
+        ::pread(descriptor_, out + done, bytes - done, static_cast<off_t>(begin + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail_errno("RandomFile", "read", path_, errno);
+    if (n == 0)
+      throw Error("RandomFile", fmt::format("{} became shorter while it was read: it ends at byte "
+                                            "{}",
+                                            path_.string(), begin + done));
+    done += static_cast<size_t>(n);
+  }
 }
 
 std::string read_file(const fs::path& path, uint64_t max_bytes) {

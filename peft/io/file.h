@@ -40,6 +40,25 @@ class MappedFile {
   std::unique_ptr<std::byte[]> owned_;
 };
 
+/// A regular file that is read piece by piece, from several threads at a time.
+class RandomFile {
+ public:
+  explicit RandomFile(const std::filesystem::path& path);
+  ~RandomFile();
+  RandomFile(RandomFile&& other) noexcept;
+  RandomFile& operator=(RandomFile&&) = delete;
+
+  /// Length in bytes, as it was when the file was opened.
+  uint64_t size() const { return size_; }
+  /// `bytes` bytes from `begin` on; throws when the file has not so many.
+  void read(uint64_t begin, void* to, size_t bytes) const;
+
+ private:
+  std::filesystem::path path_;
+  int descriptor_ = -1;
+  uint64_t size_ = 0;
+};
+
 /// The whole of a file; throws when it is longer than max_bytes.
 std::string read_file(const std::filesystem::path& path, uint64_t max_bytes = uint64_t{1} << 30);
 

@@ -90,8 +90,8 @@ fs::path file_in_folder(const fs::path& folder, const std::string& name) {
   return path;
 }
 
-ModelFiles ModelFiles::open(const fs::path& path) {
-  ModelFiles model(path);
+ModelFiles ModelFiles::open(const fs::path& path, Access access) {
+  ModelFiles model(path, access);
   std::error_code ignored;
   if (!fs::is_directory(path, ignored)) {
     model.open_single(path);
@@ -106,16 +106,33 @@ ModelFiles ModelFiles::open(const fs::path& path) {
       throw Error(kWhere,
                   fmt::format("{} holds neither {} nor {}", path.string(), kSingle, kIndex));
   }
-  for (const auto& file : model.files_)
-    for (const auto& tensor : file.tensors()) {
+  for (size_t i = 0; i < model.files_.size(); ++i) {
+    for (const auto& tensor : model.files_[i].tensors()) {
       model.tensors_.push_back(&tensor);
       model.index_.emplace(tensor.name, &tensor);
+      model.file_of_.emplace(&tensor, i);
     }
+    if (access == Access::headers) model.readers_.emplace_back(model.files_[i].path());
+  }
   return model;
 }
 
+SafetensorsFile ModelFiles::open_file(const fs::path& file) const {
+  return access_ == Access::mapped ? SafetensorsFile::open(file)
+                                   : SafetensorsFile::open_header(file);
+}
+
+void ModelFiles::read(const TensorInfo& tensor, uint64_t begin, void* to, size_t bytes) const {
+  const size_t i = file_of_.at(&tensor);
+  if (begin > tensor.bytes() || bytes > tensor.bytes() - begin)
+    throw Error(kWhere, fmt::format("the tensor {} holds {} bytes, those from {} to {} were asked "
+                                    "for",
+                                    in_quotes(tensor.name), tensor.bytes(), begin, begin + bytes));
+  readers_.at(i).read(files_[i].data_begin() + tensor.begin + begin, to, bytes);
+}
+
 void ModelFiles::open_single(const fs::path& file) {
-  files_.push_back(SafetensorsFile::open(file));
+  files_.push_back(open_file(file));
 }
 
 void ModelFiles::open_shards(const fs::path& folder) {
@@ -129,7 +146,7 @@ void ModelFiles::open_shards(const fs::path& folder) {
                                     "one that is out of date",
                                     folder.string(), kSingle, kIndex));
   for (const auto& [name, count] : shards) {
-    files_.push_back(SafetensorsFile::open(file_in_folder(folder, name)));
+    files_.push_back(open_file(file_in_folder(folder, name)));
     for (const auto& tensor : files_.back().tensors()) {
       const auto it = map.find(tensor.name);
       if (it == map.end())

@@ -19,12 +19,15 @@ namespace budwood::io {
 /// snapshots/<revision>/<name> points to blobs/<hash>. Throws otherwise.
 std::filesystem::path file_in_folder(const std::filesystem::path& folder, const std::string& name);
 
+/// How a model's files are opened: mapped, or their headers only, to be read piece by piece.
+enum class Access { mapped, headers };
+
 /// The open weight files of one model. Index and files must agree entirely: a missing shard, a
 /// tensor that is not where the index says and one that the index does not know are errors.
 class ModelFiles {
  public:
   /// A model folder, or a single .safetensors file.
-  static ModelFiles open(const std::filesystem::path& path);
+  static ModelFiles open(const std::filesystem::path& path, Access access = Access::mapped);
   ModelFiles(ModelFiles&&) = default;
   ModelFiles& operator=(ModelFiles&&) = default;
 
@@ -35,16 +38,22 @@ class ModelFiles {
   /// Throws when there is no such tensor.
   const TensorInfo& at(std::string_view name) const;
   const std::vector<SafetensorsFile>& files() const { return files_; }
+  /// Bytes [begin, begin + bytes) of a tensor of this model; files opened with Access::headers.
+  void read(const TensorInfo& tensor, uint64_t begin, void* to, size_t bytes) const;
   /// What was opened.
   const std::filesystem::path& path() const { return path_; }
 
  private:
-  explicit ModelFiles(std::filesystem::path path) : path_(std::move(path)) {}
+  ModelFiles(std::filesystem::path path, Access access) : path_(std::move(path)), access_(access) {}
+  SafetensorsFile open_file(const std::filesystem::path& file) const;
   void open_single(const std::filesystem::path& file);
   void open_shards(const std::filesystem::path& folder);
   std::filesystem::path path_;
+  Access access_;
   std::vector<SafetensorsFile> files_;
-  std::vector<const TensorInfo*> tensors_;  // into files_
+  std::vector<RandomFile> readers_;                        // of files_, with Access::headers
+  std::unordered_map<const TensorInfo*, size_t> file_of_;  // index into files_
+  std::vector<const TensorInfo*> tensors_;                 // into files_
   std::unordered_map<std::string_view, const TensorInfo*> index_;
 };
 

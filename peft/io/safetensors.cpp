@@ -229,20 +229,31 @@ void check_tiling(const std::vector<TensorInfo>& tensors, uint64_t buffer,
                                     path, expected, buffer));
 }
 
-std::string_view header_text(const MappedFile& file, const std::string& path) {
-  if (file.size() < 8)
-    throw Error(kWhere, fmt::format("{}: {} bytes are too short for a safetensors file", path,
-                                    file.size()));
+// The length that the first 8 bytes of a file give its header.
+uint64_t header_length(const std::byte* head, uint64_t file_size, const std::string& path) {
   uint64_t length = 0;
-  for (int i = 7; i >= 0; --i) length = length << 8 | std::to_integer<uint64_t>(file.data()[i]);
+  for (int i = 7; i >= 0; --i) length = length << 8 | std::to_integer<uint64_t>(head[i]);
   if (length > kMaxHeader)
     throw Error(kWhere, fmt::format("{}: a header of {} bytes, at most {} are allowed; is this a "
                                     "safetensors file?",
                                     path, length, kMaxHeader));
-  if (length > file.size() - 8)
+  if (length > file_size - 8)
     throw Error(kWhere, fmt::format("{} is truncated: the header needs {} bytes, the file holds {}",
-                                    path, length, file.size() - 8));
-  const std::string_view text(reinterpret_cast<const char*>(file.data()) + 8, length);
+                                    path, length, file_size - 8));
+  return length;
+}
+
+void check_room_for_length(uint64_t file_size, const std::string& path) {
+  if (file_size < 8)
+    throw Error(kWhere,
+                fmt::format("{}: {} bytes are too short for a safetensors file", path, file_size));
+}
+
+// `head` holds the file from its start to the end of the header at least.
+std::string_view header_text(const MappedFile& head, uint64_t file_size, const std::string& path) {
+  check_room_for_length(file_size, path);
+  const uint64_t length = header_length(head.data(), file_size, path);
+  const std::string_view text(reinterpret_cast<const char*>(head.data()) + 8, length);
   // The JSON parser takes a NUL for the end of the text and skips a byte order mark.
   const auto first = text.find_first_not_of(" \t\r\n");
   if (first == std::string_view::npos || text[first] != '{')
@@ -259,18 +270,37 @@ SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
   return parse(MappedFile::open(path));
 }
 
+SafetensorsFile SafetensorsFile::open_header(const std::filesystem::path& path) {
+  const RandomFile file(path);
+  check_room_for_length(file.size(), path.string());
+  std::string head(8, 0);
+  file.read(0, head.data(), head.size());
+  const auto* bytes = reinterpret_cast<const std::byte*>(head.data());
+  head.resize(8 + header_length(bytes, file.size(), path.string()));
+  file.read(0, head.data(), head.size());
+  return parse(MappedFile::copy_of(head, path.string()), file.size(), /*mapped=*/false);
+}
+
 SafetensorsFile SafetensorsFile::parse(std::shared_ptr<MappedFile> mapped) {
-  const std::string path = mapped->path().string();
-  const std::string_view header = header_text(*mapped, path);
+  const uint64_t size = mapped->size();
+  return parse(std::move(mapped), size, /*mapped=*/true);
+}
+
+SafetensorsFile SafetensorsFile::parse(std::shared_ptr<MappedFile> head, uint64_t file_size,
+                                       bool mapped) {
+  const std::string path = head->path().string();
+  const std::string_view header = header_text(*head, file_size, path);
   SafetensorsFile file;
   HeaderReader reader(path, file.tensors_, file.metadata_);
   nlohmann::json::sax_parse(header.begin(), header.end(), &reader);
 
-  const uint64_t buffer = mapped->size() - 8 - header.size();
+  file.data_begin_ = 8 + header.size();
+  const uint64_t buffer = file_size - file.data_begin_;
   for (auto& t : file.tensors_) {
     check_extent(t, buffer, path);
-    t.data = mapped->data() + 8 + header.size() + t.begin;
-    t.file = mapped;
+    if (!mapped) continue;
+    t.data = head->data() + file.data_begin_ + t.begin;
+    t.file = head;
   }
   std::stable_sort(file.tensors_.begin(), file.tensors_.end(), [](const auto& a, const auto& b) {
     return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
@@ -280,7 +310,7 @@ SafetensorsFile SafetensorsFile::parse(std::shared_ptr<MappedFile> mapped) {
     if (!file.index_.emplace(file.tensors_[i].name, i).second)
       throw Error(kWhere, fmt::format("{}: the tensor name {} stands twice", path,
                                       in_quotes(file.tensors_[i].name)));
-  file.file_ = std::move(mapped);
+  file.file_ = std::move(head);
   return file;
 }
 

@@ -39,6 +39,9 @@ struct TensorInfo {
 class SafetensorsFile {
  public:
   static SafetensorsFile open(const std::filesystem::path& path);
+  /// The header alone: TensorInfo::data and ::file are null, and the data is read by RandomFile at
+  /// data_begin() + TensorInfo::begin. Takes no address space for the data.
+  static SafetensorsFile open_header(const std::filesystem::path& path);
   static SafetensorsFile parse(std::shared_ptr<MappedFile> file);
 
   /// All tensors, in the order of their data.
@@ -50,12 +53,16 @@ class SafetensorsFile {
   /// "__metadata__"; empty when absent or null.
   const Metadata& metadata() const { return metadata_; }
   const std::filesystem::path& path() const { return file_->path(); }
+  /// Where the data section begins in the file.
+  uint64_t data_begin() const { return data_begin_; }
 
  private:
+  static SafetensorsFile parse(std::shared_ptr<MappedFile> head, uint64_t file_size, bool mapped);
   std::shared_ptr<MappedFile> file_;
   std::vector<TensorInfo> tensors_;
   std::unordered_map<std::string, size_t> index_;
   Metadata metadata_;
+  uint64_t data_begin_ = 0;
 };
 
 /// A tensor that is to be written.

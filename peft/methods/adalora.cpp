@@ -45,9 +45,7 @@ const AdaLoraConfig& AdaLora::own() const {
 }
 
 double AdaLora::scaling() const {
-  const auto rank = static_cast<double>(own().init_r);
-  const double alpha = own().lora_alpha > 0 ? own().lora_alpha : rank;
-  return alpha / (rank + 1e-5);
+  return own().scale();
 }
 
 LinearTerm AdaLora::term(const LinearBase&) const {

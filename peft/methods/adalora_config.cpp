@@ -15,6 +15,11 @@ const bool registered =
 
 }  // namespace
 
+double AdaLoraConfig::scale() const {
+  const auto rank = static_cast<double>(init_r);
+  return (lora_alpha > 0 ? lora_alpha : rank) / (rank + 1e-5);
+}
+
 std::map<std::string, std::vector<bool>> AdaLoraConfig::kept_by_path() const {
   std::map<std::string, std::vector<bool>> result;
   const auto json = Json::parse(kept.text);

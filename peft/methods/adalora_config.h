@@ -23,6 +23,8 @@ struct AdaLoraConfig : LoraConfig {
   /// ".lora_E".
   RawJson kept;
 
+  /// What multiplies B (E ∘ A).
+  double scale() const;
   /// kept by the path of the place; empty = nothing was allocated yet.
   std::map<std::string, std::vector<bool>> kept_by_path() const;
   void set_kept(const std::map<std::string, std::vector<bool>>& kept);

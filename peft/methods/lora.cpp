@@ -1,9 +1,11 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <budwood/peft/kernels/fold.h>
 #include <budwood/peft/method.h>
 #include <budwood/peft/methods/lora.h>
 #include <budwood/peft/methods/lora_config.h>
+#include <budwood/peft/svd.h>
 #include <budwood/quant/error.h>
 #include <budwood/quant/ops.h>
 #include <algorithm>
@@ -17,22 +19,6 @@ at::Tensor initial_a(const LoraConfig& config, int64_t rank, int64_t in, at::Gen
   if (config.gaussian_init()) return a.normal_(0.0, 1.0 / static_cast<double>(rank), generator);
   const double bound = 1.0 / std::sqrt(static_cast<double>(in));
   return a.uniform_(-bound, bound, generator);
-}
-
-// The leading singular triplets of W, by subspace iteration from a random start.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> leading_triplets(const at::Tensor& w, int64_t rank,
-                                                                int64_t iterations,
-                                                                at::Generator generator) {
-  constexpr int64_t oversample = 10;
-  const int64_t columns = std::min(rank + oversample, std::min(w.size(0), w.size(1)));
-  auto q = at::empty({w.size(1), columns}, w.options()).normal_(0.0, 1.0, generator);
-  q = std::get<0>(at::linalg_qr(w.mm(q)));
-  for (int64_t i = 0; i < iterations; ++i) {
-    q = std::get<0>(at::linalg_qr(w.t().mm(q)));
-    q = std::get<0>(at::linalg_qr(w.mm(q)));
-  }
-  auto [u, s, v] = at::linalg_svd(q.t().mm(w), /*full_matrices=*/false);
-  return {q.mm(u).narrow(1, 0, rank), s.narrow(0, 0, rank), v.narrow(0, 0, rank)};
 }
 
 // A₀ and B₀ with s B₀ A₀ the part of W that an adapter starts from.
@@ -50,7 +36,8 @@ std::pair<at::Tensor, at::Tensor> principal_factors(const LoraConfig::Principal&
   }
   at::Tensor u, s, v;
   if (how.iterations) {
-    std::tie(u, s, v) = leading_triplets(w, rank, *how.iterations, generator);
+    const auto found = leading_triplets(w, rank, *how.iterations, generator);
+    std::tie(u, s, v) = std::tie(found.u, found.s, found.vt);
   } else {
     std::tie(u, s, v) = at::linalg_svd(w, /*full_matrices=*/false);
     u = u.narrow(1, 0, rank);
@@ -167,6 +154,7 @@ LinearTerm Lora::term(const LinearBase& base) const {
   if (norms_) {
     term.gain = magnitude_ / norms_->of(base.weight, term.a.detach(), term.b.detach(), scaling_);
     term.gain_spares_bias = true;
+    term.magnitude = magnitude_;
   }
   return term;
 }
@@ -230,9 +218,12 @@ at::Tensor LoraEmbedding::forward(const quant::Weight& table, const at::Tensor& 
 
 at::Tensor LoraEmbedding::fold_rows(const quant::Weight& table, at::Tensor rows,
                                     int64_t begin) const {
-  const auto a = lora_a_.narrow(1, begin, rows.size(0)).t().to(at::kDouble);
-  auto folded = rows.addmm(a, lora_b_.t().to(at::kDouble), 1, scaling_);
-  return norms_ ? folded * gain(table).to(at::kDouble) : folded;
+  const auto a = lora_a_.detach().contiguous(), b = lora_b_.detach().contiguous();
+  const int64_t rank = a.size(0);
+  kernels::add_product(rows.mutable_data_ptr<double>(), rows.size(0), rows.size(1),
+                       {a.const_data_ptr<float>() + begin, 1, a.size(1)},
+                       {b.const_data_ptr<float>(), rank, 1, scaling_}, rank);
+  return norms_ ? rows * gain(table).to(at::kDouble) : rows;
 }
 
 AdapterState LoraEmbedding::state() const {

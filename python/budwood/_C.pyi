@@ -63,3 +63,76 @@ def match_targets(
     model_type: str = "",
     strict: bool = True,
 ) -> dict[str, Any]: ...
+
+class MergedTensor:
+    name: str
+    weight_norm: float
+    delta_norm: float
+    survival: float
+    error: float
+
+class MergeFilesReport:
+    merged: list[MergedTensor]
+    replaced: list[str]
+    warnings: list[str]
+    files: list[str]
+    bytes: int
+
+def merge_files(
+    model: str | PathLike[str],
+    adapters: list[tuple[str | PathLike[str], float]],
+    out: str | PathLike[str],
+    dtype: str = "auto",
+    max_shard_size: int = 5_000_000_000,
+    jobs: int = 0,
+    overwrite: bool = False,
+) -> MergeFilesReport: ...
+
+class VerifiedTensor:
+    name: str
+    equal: bool
+    delta_norm: float
+    survival: float
+    error: float
+    steps: float
+
+class VerifyFilesReport:
+    tensors: list[VerifiedTensor]
+    faults: list[str]
+    def passed(self, steps: float) -> bool: ...
+    def to_json(self, steps: float) -> str: ...
+
+def verify_files(
+    model: str | PathLike[str],
+    adapters: list[tuple[str | PathLike[str], float]],
+    merged: str | PathLike[str],
+) -> VerifyFilesReport: ...
+def why_not_streamed(
+    model: str | PathLike[str], adapters: list[tuple[str | PathLike[str], float]]
+) -> str | None: ...
+
+class ExtractedModule:
+    path: str
+    rank: int
+    delta_norm: float
+    energy: float
+
+class LostTensor:
+    name: str
+    delta_norm: float
+
+class ExtractReport:
+    modules: list[ExtractedModule]
+    identical: list[str]
+    lost: list[LostTensor]
+    parameters: int
+
+def extract(
+    base: str | PathLike[str],
+    tuned: str | PathLike[str],
+    out: str | PathLike[str],
+    rank: int = 0,
+    energy: float = 0.0,
+    targets: list[str] = [],
+    overwrite: bool = False,
+) -> ExtractReport: ...

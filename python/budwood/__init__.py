@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from .memory import memory_pool
+    from .merging import extract, merge_files, verify_files
     from .methods import Family, Site, register_family
     from .peft_model import PeftModel
     from .quantized import (
@@ -61,6 +62,9 @@ _HOME = {
     "InjectReport": "inject",
     "OptimizeReport": "fused",
     "memory_pool": "memory",
+    "extract": "merging",
+    "merge_files": "merging",
+    "verify_files": "merging",
     "optimize": "fused",
     "unoptimize": "fused",
     "LoraConfig": "config",
@@ -134,10 +138,12 @@ __all__ = [
     "TaskType",
     "VeraConfig",
     "cmake_prefix_path",
+    "extract",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "memory_pool",
+    "merge_files",
     "optim",
     "optimize",
     "prepare_model_for_kbit_training",
@@ -146,6 +152,7 @@ __all__ = [
     "register_family",
     "set_peft_model_state_dict",
     "unoptimize",
+    "verify_files",
 ]
 
 

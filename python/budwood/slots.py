@@ -429,12 +429,9 @@ class LinearSlot(LoraSlot):
             rows = _C.dequantize(parts, form, shape, "float64", begin, end)
             if methods:
                 rows = self.slot.fold_rows(rows, begin, self._lora_terms(names, False), methods)
-                target[begin:end] = rows
-                continue
-            for name in names:
-                a, b = self.lora_A[name].weight, self.lora_B[name].weight
-                rows = rows + self.scaling[name] * (b[begin:end].double() @ a.double())
-            target[begin:end] = rows
+            else:
+                rows = _C.fold_rows(rows, begin, self._lora_terms(names, False))
+            target[begin:end] = _C.rounded_once(rows, folded)
         with_bias = [n for n in names if n in self.lora_B and self.lora_B[n].bias is not None]
         if with_bias and bias is None:
             raise Error(

@@ -22,7 +22,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes tensors; shared and strided ones are stored each on its own."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        copy = tensor.detach().cpu().contiguous()
+        storage = copy.untyped_storage().data_ptr()
+        plain[name] = copy.clone() if storage in seen else copy
+        seen.add(storage)
     path.write_bytes(_library().save(plain, metadata={"format": "pt"}))
 
 

@@ -232,26 +232,108 @@ def merge(
         list[str], Option("--adapter", "-a", metavar="PATH", help="Adapter folder.")
     ],
     out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where the model goes.")],
+    weight: Annotated[
+        list[float] | None,
+        Option("--weight", "-w", metavar="NUMBER", help="Weight of each adapter, in their order."),
+    ] = None,
     dtype: Dtype = "auto",
     max_shard_size: Annotated[
         str, Option(metavar="SIZE", help="Largest file, as 5GB or 500MB.")
     ] = "5GB",
+    jobs: Annotated[
+        int, Option("--jobs", "-j", metavar="N", help="Threads; 0 = one for each processor.")
+    ] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder.")] = False,
     json: Json = False,
 ) -> None:
     """Fold adapters into a model and save it.
 
     The result is a folder that transformers opens. The tokeniser files come along. Several adapters
-    may be given; their changes add up.
+    may be given; their changes add up. A folder of plain weights is merged piece by piece, so it
+    may be larger than memory, and merge_report.json in the result says what rounding left of each
+    change; a GGUF file or a quantised model is loaded for it.
     """
     from . import merge as verb
 
     verb.run(
         model=model,
         adapters=adapter,
+        weights=weight or [],
         out=out,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        jobs=jobs,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+def verify(
+    model: Model,
+    adapter: Annotated[
+        list[str], Option("--adapter", "-a", metavar="PATH", help="Adapter folder.")
+    ],
+    merged: Annotated[Path, Option("--merged", metavar="FOLDER", help="The merged model.")],
+    weight: Annotated[
+        list[float] | None,
+        Option("--weight", "-w", metavar="NUMBER", help="Weight of each adapter, in their order."),
+    ] = None,
+    tolerance: Annotated[
+        float, Option(metavar="STEPS", help="Allowed distance, in steps of the dtype.")
+    ] = 1.0,
+    json: Json = False,
+) -> None:
+    """Compare a merged model with what model and adapters make.
+
+    Of each changed value the distance from the exact one is measured in steps between neighbouring
+    numbers of its dtype: at most half a step when it was rounded once. What no adapter changes has
+    to be the model's byte for byte. The exit status is 1 above the tolerance.
+    """
+    from . import verify as verb
+
+    passed = verb.run(
+        model=model,
+        adapters=adapter,
+        weights=weight or [],
+        merged=merged,
+        tolerance=tolerance,
+        as_json=json,
+    )
+    if not passed:
+        raise Exit(1)
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, Option("--base", "-b", metavar="FOLDER", help="The original model.")],
+    tuned: Annotated[Path, Option("--tuned", "-t", metavar="FOLDER", help="The tuned one.")],
+    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where the adapter goes.")],
+    rank: Annotated[int, Option("--rank", "-r", metavar="R", help="Rank of every module.")] = 0,
+    energy: Annotated[
+        float, Option("--energy", metavar="E", help="Or: the part of each difference to keep.")
+    ] = 0.0,
+    target: Annotated[
+        list[str] | None,
+        Option("--target", metavar="NAME", help="Projections; all but the head by default."),
+    ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a LoRA adapter from the difference of two models.
+
+    The difference of each projection is cut to its leading singular triplets. What else differs
+    between the models is listed.
+    """
+    from . import extract as verb
+
+    verb.run(
+        base=base,
+        tuned=tuned,
+        out=out,
+        rank=rank,
+        energy=energy,
+        targets=target or [],
         overwrite=overwrite,
         as_json=json,
     )

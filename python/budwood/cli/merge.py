@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from ..errors import Error
+from ..merging import with_weights
 from .console import Output, size
 from .opening import adapter_names, open_model
 from .replacing import check_replaceable
@@ -17,9 +18,11 @@ def run(
     *,
     model: str,
     adapters: list[str],
+    weights: list[float],
     out: Path,
     dtype: str,
     max_shard_size: str,
+    jobs: int,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -29,33 +32,54 @@ def run(
     shard = parse_size("merge", max_shard_size)
     if out.exists():
         check_replaceable("merge", out, [model, *adapters], overwrite, "a model folder")
+    pairs = with_weights(adapters, weights)
     begin = time.perf_counter()
-    merged = open_model(model, dtype, adapters)
-    _C.merge(merged, adapter_names(adapters))
-    _C.save_model(merged, str(out), dtype, model, shard, overwrite=overwrite)
+    whole = _C.why_not_streamed(model, pairs)
+    report = None
+    if whole is None:
+        report = _C.merge_files(model, pairs, out, dtype, shard, jobs, overwrite)
+        for warning in report.warnings:
+            output.warn(warning)
+    elif any(weight != 1.0 for _, weight in pairs):
+        raise Error(f"[merge] --weight is for models that are merged piece by piece; {whole}")
+    else:
+        merged = open_model(model, dtype, adapters)
+        _C.merge(merged, adapter_names(adapters))
+        _C.save_model(merged, str(out), dtype, model, shard, overwrite=overwrite)
     files = sorted(f for f in out.iterdir() if f.is_file())
     total = sum(f.stat().st_size for f in files)
     seconds = time.perf_counter() - begin
-    output.figures(
-        [
-            ("model", model),
-            ("adapters", ", ".join(adapters)),
-            ("merged into", str(out)),
-            ("files", ", ".join(f.name for f in files)),
-            ("size", size(total)),
-            ("time", f"{seconds:.1f} s"),
+    figures = [
+        ("model", model),
+        ("adapters", ", ".join(adapters)),
+        ("merged into", str(out)),
+        ("files", ", ".join(f.name for f in files)),
+        ("size", size(total)),
+        ("time", f"{seconds:.1f} s"),
+    ]
+    result = {
+        "model": model,
+        "adapters": adapters,
+        "output": str(out),
+        "files": [f.name for f in files],
+        "bytes": total,
+        "seconds": round(seconds, 3),
+        "merged": None,
+    }
+    if report is not None:
+        worst = max(report.merged, key=lambda tensor: tensor.error, default=None)
+        figures.insert(3, ("weights", f"{len(report.merged)} changed, {len(report.replaced)} new"))
+        if worst is not None:
+            figures.insert(4, ("rounding", f"up to {worst.error:.2%} of a change ({worst.name})"))
+        result["merged"] = [
+            {
+                key: getattr(tensor, key)
+                for key in ("name", "weight_norm", "delta_norm", "survival", "error")
+            }
+            for tensor in report.merged
         ]
-    )
-    output.result(
-        {
-            "model": model,
-            "adapters": adapters,
-            "output": str(out),
-            "files": [f.name for f in files],
-            "bytes": total,
-            "seconds": round(seconds, 3),
-        }
-    )
+    output.figures(figures)
+    output.result(result)
 
 
 def parse_size(verb: str, text: str) -> int:

@@ -1,0 +1,97 @@
+#pragma once
+
+#include <budwood/peft/kernels/fold_paths.h>
+#include <budwood/quant/kernels/half.h>
+
+#include <cstring>
+
+// Compiled without fused multiply-adds, which the scalar path would have to imitate.
+namespace budwood::kernels {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kWide = 8;
+#elif defined(__AVX2__)
+constexpr int64_t kWide = 4;
+#else
+constexpr int64_t kWide = 2;
+#endif
+using Doubles = double __attribute__((vector_size(kWide * sizeof(double))));
+
+inline Doubles load_wide(const double* src) {
+  Doubles x;
+  std::memcpy(&x, src, sizeof x);
+  return x;
+}
+
+template <int kVectors>
+void add_columns(double* sums, const double* left, const double* right, int64_t rank) {
+  Doubles sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = load_wide(sums + v * kWide);
+  for (int64_t k = 0; k < rank; ++k) {
+    const double factor = left[k];
+    for (int v = 0; v < kVectors; ++v)
+      sum[v] += factor * load_wide(right + k * kFoldColumns + v * kWide);
+  }
+  for (int v = 0; v < kVectors; ++v) std::memcpy(sums + v * kWide, &sum[v], sizeof sum[v]);
+}
+
+void add_row(double* sums, int64_t cols, const double* left, const double* right, int64_t rank) {
+  int64_t j = 0;
+  for (; j + 8 * kWide <= cols; j += 8 * kWide) add_columns<8>(sums + j, left, right + j, rank);
+  for (; j < cols; j += kWide) add_columns<1>(sums + j, left, right + j, rank);
+}
+
+void bf16_to_fp64(const uint16_t* src, double* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = quant::kernels::bf16_to_fp32(src[i]);
+}
+
+void fp32_to_fp64(const float* src, double* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
+}
+
+inline bool is_finite(uint32_t bits) {
+  return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
+bool round_fp32(const double* src, float* dst, int64_t n) {
+  uint32_t faults = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto rounded = static_cast<float>(src[i]);
+    dst[i] = rounded;
+    faults |= static_cast<uint32_t>(!is_finite(quant::kernels::float_bits(rounded)));
+  }
+  return faults == 0;
+}
+
+/// A float from which a shorter type is rounded as from the double itself: toward zero, with the
+/// last bit set when something was cut off. Infinities are overflows already.
+inline uint32_t to_odd(double value) {
+  const auto near = static_cast<float>(value);
+  const uint32_t bits = quant::kernels::float_bits(near);
+  const double back = near;
+  const bool exact = back == value || value != value;
+  const bool away = (value < 0 ? -back : back) > (value < 0 ? -value : value);
+  return exact ? bits : (bits - static_cast<uint32_t>(away)) | 1u;
+}
+
+bool round_bf16(const double* src, uint16_t* dst, int64_t n) {
+  uint32_t faults = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = to_odd(src[i]);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    dst[i] = static_cast<uint16_t>(rounded);
+    faults |= static_cast<uint32_t>(!is_finite(bits) || !is_finite(rounded << 16));
+  }
+  return faults == 0;
+}
+
+void round_to_odd(const double* src, float* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = quant::kernels::float_from_bits(to_odd(src[i]));
+}
+
+constexpr FoldPath kFoldPath = {add_row,    bf16_to_fp64, fp32_to_fp64,
+                                round_fp32, round_bf16,   round_to_odd};
+
+}  // namespace
+}  // namespace budwood::kernels

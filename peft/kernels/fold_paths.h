@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+
+/// The inner loops of fold.h.
+namespace budwood::kernels {
+
+/// Columns of a product that are in the first cache with their factor.
+constexpr int64_t kFoldColumns = 256;
+
+struct FoldPath {
+  /// sums [cols] += left [rank] right [rank, kFoldColumns], cols a multiple of 8 up to
+  /// kFoldColumns.
+  void (*add_row)(double* sums, int64_t cols, const double* left, const double* right,
+                  int64_t rank);
+  void (*bf16_to_fp64)(const uint16_t* src, double* dst, int64_t n);
+  void (*fp32_to_fp64)(const float* src, double* dst, int64_t n);
+  bool (*round_fp32)(const double* src, float* dst, int64_t n);
+  bool (*round_bf16)(const double* src, uint16_t* dst, int64_t n);
+  /// Floats from which a shorter type is rounded as from the numbers themselves.
+  void (*round_to_odd)(const double* src, float* dst, int64_t n);
+};
+
+extern const FoldPath kFoldScalar;
+extern const FoldPath kFoldAvx2;
+extern const FoldPath kFoldAvx512;
+
+}  // namespace budwood::kernels

@@ -1,0 +1,144 @@
+#include <budwood/peft/io/text.h>
+#include <budwood/peft/merge/adapter_file.h>
+#include <budwood/quant/error.h>
+#include <budwood/quant/kernels/half.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace budwood {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr std::string_view kPrefix = "base_model.model.";
+constexpr std::string_view kRows = ".token_adapter.trainable_tokens_delta";
+constexpr std::string_view kBase = ".base_layer.";
+
+class FileModule final : public ModuleTensors {
+ public:
+  FileModule(const io::SafetensorsFile& file, std::string path)
+      : file_(file), path_(std::move(path)) {}
+
+  const std::string& path() const override { return path_; }
+
+  FloatArray find(const std::string& suffix) const override {
+    const auto* tensor = file_.find(fmt::format("{}{}.{}", kPrefix, path_, suffix));
+    return tensor == nullptr ? FloatArray() : float_array(*tensor);
+  }
+
+  FloatArray at(const std::string& suffix, size_t dimensions) const override {
+    auto found = find(suffix);
+    if (!found.defined())
+      throw Error("merge",
+                  fmt::format("{} lacks {}{}.{}", file_.path().string(), kPrefix, path_, suffix));
+    if (found.shape.size() != dimensions)
+      throw Error("merge", fmt::format("{}{}.{} is {}, {} dimensions are wanted", kPrefix, path_,
+                                       suffix, io::shape_text(found.shape), dimensions));
+    return found;
+  }
+
+  FloatArray shared(const std::string& key) const override {
+    const auto* tensor = file_.find(key);
+    return tensor == nullptr ? FloatArray() : float_array(*tensor);
+  }
+
+ private:
+  const io::SafetensorsFile& file_;
+  std::string path_;
+};
+
+}  // namespace
+
+FloatArray float_array(const io::TensorInfo& tensor) {
+  FloatArray array{tensor.shape, {}};
+  const auto count = static_cast<int64_t>(*io::element_count(tensor.shape));
+  array.values.resize(static_cast<size_t>(count));
+  float* to = array.values.data();
+  using quant::kernels::FloatType;
+  std::vector<uint16_t> halves;
+  switch (tensor.dtype) {
+    case io::Dtype::f32:
+      std::memcpy(to, tensor.data, tensor.bytes());
+      break;
+    case io::Dtype::bf16:
+    case io::Dtype::f16:
+      halves.resize(static_cast<size_t>(count));
+      std::memcpy(halves.data(), tensor.data, tensor.bytes());
+      quant::kernels::to_fp32(tensor.dtype == io::Dtype::bf16 ? FloatType::bf16 : FloatType::fp16,
+                              halves.data(), to, count);
+      break;
+    default:
+      throw Error("merge", fmt::format("{} holds {}; F32, BF16 or F16 is wanted",
+                                       io::in_quotes(tensor.name), io::dtype_name(tensor.dtype)));
+  }
+  if (!std::all_of(to, to + count, [](float x) { return std::isfinite(x); }))
+    throw Error("merge", fmt::format("{} holds NaN or infinity", io::in_quotes(tensor.name)));
+  return array;
+}
+
+AdapterFile AdapterFile::open(const fs::path& folder) {
+  const std::shared_ptr<const AdapterConfig> config = load_adapter_config(folder);
+  const auto* method = find_fold(config->peft_type);
+  if (method == nullptr)
+    throw Error("merge", fmt::format("{} is {} and cannot be merged: what it does is no change of "
+                                     "a weight",
+                                     folder.string(), config->peft_type));
+  AdapterFile adapter(io::SafetensorsFile::open(folder / "adapter_model.safetensors"));
+  adapter.folder_ = folder;
+  adapter.config_ = config;
+  adapter.method_ = method;
+  std::vector<std::string> unknown;
+  for (const auto& tensor : adapter.file_.tensors()) adapter.sort_out(tensor, unknown);
+  if (!unknown.empty())
+    throw Error("merge", fmt::format("{} holds tensors that are not of HF PEFT's layout: {}",
+                                     folder.string(), fmt::join(unknown, ", ")));
+  if (adapter.modules_.empty() && adapter.whole_.empty() && adapter.token_rows_.empty())
+    throw Error("merge", fmt::format("{} holds no tensors", folder.string()));
+  return adapter;
+}
+
+void AdapterFile::sort_out(const io::TensorInfo& tensor, std::vector<std::string>& unknown) {
+  if (tensor.name.starts_with("budwood.") || tensor.name == "base_model.vera_A" ||
+      tensor.name == "base_model.vera_B")
+    return;
+  if (!tensor.name.starts_with(kPrefix)) {
+    unknown.push_back(tensor.name);
+    return;
+  }
+  const auto name = tensor.name.substr(kPrefix.size());
+  for (const auto& suffix : method_->suffixes) {
+    if (!name.ends_with("." + suffix)) continue;
+    const bool table = std::find(method_->table_suffixes.begin(), method_->table_suffixes.end(),
+                                 suffix) != method_->table_suffixes.end();
+    modules_[name.substr(0, name.size() - suffix.size() - 1)] |= table;
+    return;
+  }
+  if (name.ends_with(kRows)) {
+    token_rows_[name.substr(0, name.size() - kRows.size())] = &tensor;
+    return;
+  }
+  auto plain = name;
+  if (const auto at = plain.rfind(kBase); at != std::string::npos)
+    plain.replace(at, kBase.size(), ".");
+  whole_[plain] = &tensor;
+}
+
+FoldTerm AdapterFile::term(const std::string& module) const {
+  return method_->term(*config_, FileModule(file_, module));
+}
+
+std::vector<int64_t> AdapterFile::token_ids(const std::string& table) const {
+  const auto indices = config_->token_indices();
+  if (const auto* ids = std::get_if<std::vector<int64_t>>(&indices)) return *ids;
+  if (const auto* named = std::get_if<PatternMap<std::vector<int64_t>>>(&indices))
+    for (const auto& [name, ids] : *named)
+      if (table == name || table.ends_with("." + name)) return ids;
+  throw Error("merge", fmt::format("{} holds new rows of {}, and its configuration does not say "
+                                   "which",
+                                   folder_.string(), table));
+}
+
+}  // namespace budwood

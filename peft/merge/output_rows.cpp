@@ -1,0 +1,163 @@
+#include <budwood/peft/io/text.h>
+#include <budwood/peft/kernels/fold.h>
+#include <budwood/peft/merge/output_rows.h>
+#include <budwood/quant/error.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+
+namespace budwood {
+namespace {
+
+using kernels::FloatType;
+
+// Numbers of a panel: 4 MB in fp64.
+constexpr int64_t kPanelElements = int64_t{1} << 19;
+
+std::optional<FloatType> float_type(io::Dtype dtype) {
+  switch (dtype) {
+    case io::Dtype::f32:
+      return FloatType::fp32;
+    case io::Dtype::bf16:
+      return FloatType::bf16;
+    case io::Dtype::f16:
+      return FloatType::fp16;
+    default:
+      return {};
+  }
+}
+
+}  // namespace
+
+void FoldSums::add(const FoldSums& other) {
+  weight += other.weight;
+  delta += other.delta;
+  left += other.left;
+  error += other.error;
+}
+
+FoldSums sums_of(const OutputRows::Values& values, const std::vector<double>& written) {
+  FoldSums sums;
+  for (size_t i = 0; i < written.size(); ++i) {
+    const double before = values.before[i], after = values.after[i];
+    sums.weight += before * before;
+    sums.delta += (after - before) * (after - before);
+    sums.left += (written[i] - before) * (after - before);
+    sums.error += (written[i] - after) * (written[i] - after);
+  }
+  return sums;
+}
+
+OutputRows::OutputRows(const MergePlan& plan, const MergeOutput& output)
+    : plan_(plan), output_(output) {
+  const auto& shape = output.spec.shape;
+  const auto count = static_cast<int64_t>(*io::element_count(shape));
+  // A vector is one row.
+  rows_ = count == 0 ? 0 : shape.size() < 2 ? 1 : shape[0];
+  cols_ = count == 0 ? 0 : count / rows_;
+  step_ = std::max<int64_t>(1, kPanelElements / std::max<int64_t>(1, cols_));
+}
+
+bool OutputRows::is_copy() const {
+  return output_.edits.empty() && output_.rows.empty() && stored().dtype == output_.spec.dtype;
+}
+
+std::vector<std::byte> OutputRows::copied(int64_t panel) const {
+  const int64_t begin = panel * step_;
+  return read(begin, std::min(step_, rows_ - begin));
+}
+
+OutputRows::Values OutputRows::values(int64_t panel) {
+  const int64_t begin = panel * step_, rows = std::min(step_, rows_ - begin);
+  if (!float_type(stored().dtype) || !float_type(output_.spec.dtype))
+    throw Error(
+        "merge_files",
+        fmt::format("{} is {}, which is not converted to {}", io::in_quotes(output_.spec.name),
+                    io::dtype_name(stored().dtype), io::dtype_name(output_.spec.dtype)));
+  Values values;
+  values.before = wide(begin, rows);
+  values.after = values.before;
+  if (output_.bias)
+    folding().apply_to_bias(values.after.data(), cols_);
+  else if (!output_.edits.empty())
+    folding().apply(values.after.data(), begin, rows);
+  replace_rows(values.after.data(), begin, rows);
+  return values;
+}
+
+std::vector<std::byte> OutputRows::rounded(const std::vector<double>& after, int64_t panel) const {
+  const auto type = *float_type(output_.spec.dtype);
+  std::vector<std::byte> bytes(after.size() *
+                               static_cast<size_t>(quant::kernels::float_bytes(type)));
+  if (!kernels::round_once(after.data(), type, bytes.data(), static_cast<int64_t>(after.size())))
+    throw Error(
+        "merge_files",
+        fmt::format("{}: rows {} to {} hold values that are not finite in {}; nothing was "
+                    "written",
+                    io::in_quotes(output_.spec.name), panel * step_,
+                    std::min(rows_, (panel + 1) * step_), io::dtype_name(output_.spec.dtype)));
+  return bytes;
+}
+
+std::vector<double> OutputRows::widened(const std::vector<std::byte>& bytes) const {
+  const auto type = *float_type(output_.spec.dtype);
+  std::vector<double> values(bytes.size() / static_cast<size_t>(quant::kernels::float_bytes(type)));
+  kernels::widen(type, bytes.data(), values.data(), static_cast<int64_t>(values.size()));
+  return values;
+}
+
+std::pair<uint64_t, uint64_t> OutputRows::extent(int64_t panel) const {
+  const uint64_t row_bytes = output_.spec.bytes() / static_cast<uint64_t>(rows_);
+  const int64_t begin = panel * step_, rows = std::min(step_, rows_ - begin);
+  return {static_cast<uint64_t>(begin) * row_bytes, static_cast<uint64_t>(rows) * row_bytes};
+}
+
+std::vector<std::byte> OutputRows::read(int64_t begin, int64_t rows) const {
+  const uint64_t row_bytes = stored().bytes() / static_cast<uint64_t>(rows_);
+  std::vector<std::byte> bytes(static_cast<size_t>(rows) * row_bytes);
+  const uint64_t at = static_cast<uint64_t>(begin) * row_bytes;
+  if (output_.whole != nullptr)
+    std::memcpy(bytes.data(), stored().data + at, bytes.size());
+  else
+    plan_.base.read(stored(), at, bytes.data(), bytes.size());
+  return bytes;
+}
+
+std::vector<double> OutputRows::wide(int64_t begin, int64_t rows) const {
+  const auto bytes = read(begin, rows);
+  std::vector<double> values(static_cast<size_t>(rows * cols_));
+  kernels::widen(*float_type(stored().dtype), bytes.data(), values.data(), rows * cols_);
+  return values;
+}
+
+const Folding& OutputRows::folding() {
+  const std::lock_guard lock(mutex_);
+  if (folding_) return *folding_;
+  std::vector<WeightedTerm> terms;
+  for (const auto& edit : output_.edits)
+    terms.push_back({edit.adapter->term(edit.module), edit.weight});
+  folding_ =
+      std::make_unique<Folding>(std::move(terms), output_.transposed, cols_,
+                                [&](const std::function<void(double*, int64_t, int64_t)>& use) {
+                                  for (int64_t begin = 0; begin < rows_; begin += step_) {
+                                    const int64_t rows = std::min(step_, rows_ - begin);
+                                    auto values = wide(begin, rows);
+                                    use(values.data(), begin, rows);
+                                  }
+                                });
+  return *folding_;
+}
+
+void OutputRows::replace_rows(double* values, int64_t begin, int64_t rows) const {
+  for (const auto& [ids, tensor] : output_.rows) {
+    const auto fresh = float_array(*tensor);
+    for (size_t i = 0; i < ids.size(); ++i)
+      if (ids[i] >= begin && ids[i] < begin + rows)
+        std::copy_n(fresh.values.data() + static_cast<int64_t>(i) * cols_, cols_,
+                    values + (ids[i] - begin) * cols_);
+  }
+}
+
+}  // namespace budwood

@@ -1,0 +1,66 @@
+#pragma once
+
+#include <budwood/peft/merge/fold_panel.h>
+#include <budwood/peft/merge/merge_plan.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace budwood {
+
+/// Sums over a panel, or a tensor, with W before, D the change and R what was written.
+struct FoldSums {
+  double weight = 0;  ///< W²
+  double delta = 0;   ///< D²
+  double left = 0;    ///< (R - W) D
+  double error = 0;   ///< (R - W - D)²
+  void add(const FoldSums& other);
+};
+
+/// One output of a plan, made in panels of rows of 4 MB in fp64. From several threads.
+class OutputRows {
+ public:
+  OutputRows(const MergePlan& plan, const MergeOutput& output);
+
+  int64_t panels() const { return (rows_ + step_ - 1) / step_; }
+  /// Whether the output is the stored tensor byte for byte.
+  bool is_copy() const;
+  /// A panel of a copy.
+  std::vector<std::byte> copied(int64_t panel) const;
+
+  struct Values {
+    std::vector<double> before, after;  ///< as stored, and with the adapters; rows by columns
+  };
+  /// A panel of what is no copy. Throws for types that are not converted.
+  Values values(int64_t panel);
+  /// `after` in the output's dtype, each number rounded once. Throws when one is not finite.
+  std::vector<std::byte> rounded(const std::vector<double>& after, int64_t panel) const;
+  /// Bytes of this output's dtype as fp64.
+  std::vector<double> widened(const std::vector<std::byte>& bytes) const;
+  /// First byte and bytes of a panel in the output's dtype.
+  std::pair<uint64_t, uint64_t> extent(int64_t panel) const;
+  /// Lets go of the factors.
+  void done() { folding_.reset(); }
+
+ private:
+  const io::TensorInfo& stored() const {
+    return output_.whole != nullptr ? *output_.whole : *output_.source;
+  }
+  std::vector<std::byte> read(int64_t begin, int64_t rows) const;
+  std::vector<double> wide(int64_t begin, int64_t rows) const;
+  const Folding& folding();
+  void replace_rows(double* values, int64_t begin, int64_t rows) const;
+
+  const MergePlan& plan_;
+  const MergeOutput& output_;
+  int64_t rows_ = 0, cols_ = 0, step_ = 1;
+  std::mutex mutex_;
+  std::unique_ptr<Folding> folding_;
+};
+
+FoldSums sums_of(const OutputRows::Values& values, const std::vector<double>& written);
+
+}  // namespace budwood

@@ -1,0 +1,86 @@
+"""Folding adapters into the files of a model, without loading it, and taking them out again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from . import _C
+
+PathLike = str | os.PathLike[str]
+
+
+def merge_files(
+    model: PathLike,
+    adapters: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    max_shard_size: int = 5_000_000_000,
+    jobs: int = 0,
+    overwrite: bool = False,
+) -> _C.MergeFilesReport:
+    """Writes `out`: the model folder with adapters (folders of HF PEFT's layout) in its weights.
+
+    One panel of rows after another is read, changed in float64, rounded once and written, so the
+    model may be larger than memory; the bytes do not depend on `jobs` (threads, 0 = one for each
+    processor). `weights` multiply what the adapters change. `dtype` is "auto" (each tensor's own),
+    "float32", "bfloat16" or "float16". The folder appears whole or not at all.
+
+    The report says of each weight what rounding left of the change; merge_report.json has the same.
+    Raises budwood.Error for adapters that are no change of weights, tensors without a partner,
+    shapes that do not fit, values that are not finite, and for a GGUF file or a quantised model,
+    which `budwood merge` loads for it.
+    """
+    pairs = with_weights(adapters, weights)
+    return _C.merge_files(model, pairs, out, dtype, max_shard_size, jobs, overwrite)
+
+
+def verify_files(
+    model: PathLike,
+    adapters: PathLike | Sequence[PathLike],
+    merged: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+) -> _C.VerifyFilesReport:
+    """Compares `merged`, made by whatever tool, with what the model and the adapters make.
+
+    Reads everything piece by piece. `report.passed(steps)` is whether every value is within so many
+    steps of its dtype from the exact one (0.5 when it was rounded once; about 1 when a tool rounds
+    the change before adding it) and all else is byte for byte the model's.
+    """
+    return _C.verify_files(model, with_weights(adapters, weights), merged)
+
+
+def extract(
+    base: PathLike,
+    tuned: PathLike,
+    out: PathLike,
+    *,
+    rank: int = 0,
+    energy: float = 0.0,
+    targets: Sequence[str] = (),
+    overwrite: bool = False,
+) -> _C.ExtractReport:
+    """Writes `out`: a LoRA adapter (HF PEFT's layout) of the difference of two model folders.
+
+    Each projection's difference is decomposed, and the leading `rank` singular triplets are kept,
+    or so many that they hold the part `energy` of its squared norm. `targets` are ends of module
+    paths, by default all projections but the head. The report has, for each module, the rank and
+    the energy kept, and what differs without being part of the adapter (norms, biases, tables).
+    """
+    return _C.extract(base, tuned, out, rank, energy, list(targets), overwrite)
+
+
+def with_weights(
+    adapters: PathLike | Sequence[PathLike], weights: Sequence[float] | None
+) -> list[tuple[PathLike, float]]:
+    """Each adapter with its weight, 1 where none are given."""
+    folders = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    factors = [float(w) for w in weights or [1.0] * len(folders)]
+    if len(factors) != len(folders):
+        raise _C.Error(
+            f"[merge_files] {len(folders)} adapters and {len(factors)} weights are given"
+        )
+    return list(zip(folders, factors, strict=True))
