@@ -134,7 +134,26 @@ std::optional<std::string> why_not_streamed(const MergeFilesOptions& options) {
   return {};
 }
 
+namespace {
+
+// Overwriting is for what a merge made, never for what it reads.
+void check_output(const MergeFilesOptions& options) {
+  const auto out = fs::weakly_canonical(options.out);
+  const auto check = [&](const fs::path& read) {
+    const auto from = fs::weakly_canonical(read);
+    if (std::mismatch(out.begin(), out.end(), from.begin(), from.end()).first == out.end())
+      throw Error("merge_files", fmt::format("{} is, or holds, {}, which is read: choose another "
+                                             "name",
+                                             options.out.string(), read.string()));
+  };
+  check(options.model);
+  for (const auto& source : options.adapters) check(source.path);
+}
+
+}  // namespace
+
 MergeFilesReport merge_files(const MergeFilesOptions& options) {
+  check_output(options);
   if (options.max_shard_size < 1)
     throw Error("merge_files", "max_shard_size is a positive number of bytes");
   if (const auto why = why_not_streamed(options))

@@ -357,6 +357,67 @@ def test_merge_never_replaces_what_it_reads(trained, model, capsys):
     assert (model / "model.safetensors").exists()
 
 
+def test_a_merge_is_verified_and_taken_apart_again(trained, model, tmp_path, capsys):
+    out, again = tmp_path / "merged", tmp_path / "again"
+    got = figures(capsys, "merge", "-m", str(model), "-a", str(trained), "-o", str(out))
+    assert len(got["merged"]) == len(figures(capsys, "inspect", str(trained))["modules"])
+    assert all(0.99 < tensor["survival"] < 1.01 for tensor in got["merged"])
+    arguments = ("verify", "-m", str(model), "-a", str(trained), "--merged")
+    checked = figures(capsys, *arguments, str(out))
+    assert checked["passed"] is True
+    assert all(tensor["equal"] for tensor in checked["tensors"])
+    assert main([*arguments, str(out)]) == 0
+    assert "within 1 steps" in capsys.readouterr().out
+    # The model itself lacks the change.
+    assert main([*arguments, str(model)]) == 1
+    shown = capsys.readouterr().out
+    assert "not within" in shown
+    assert "q_proj" in shown
+
+    made = figures(
+        capsys, "extract", "-b", str(model), "-t", str(out), "-o", str(again), "--rank", "4"
+    )
+    assert min(module["energy"] for module in made["modules"]) > 0.999
+    ids = torch.arange(40, 72)[None]
+    logits = []
+    for adapter in (trained, again):
+        base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(peft.PeftModel.from_pretrained(base, adapter).eval()(ids).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    wanted = "found rank 0 and energy 0"
+    assert wanted in failure(
+        capsys, "extract", "-b", str(model), "-t", str(out), "-o", str(tmp_path / "x")
+    )
+
+
+def test_the_native_program_makes_the_same_files(trained, model, tmp_path):
+    program = Path(_C.__file__).parents[2] / "tools" / "budwood"
+    if not program.exists():
+        pytest.skip("the native program is not built")
+    out = tmp_path / "merged"
+    arguments = ["--model", model, "--adapter", trained]
+    subprocess.run([program, "merge", *arguments, "--out", out, "--jobs", "3"], check=True)
+    budwood.merge_files(model, trained, tmp_path / "python")
+    for file in (tmp_path / "python").iterdir():
+        if file.name != "merge_report.json":
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    verify = [program, "verify", *arguments, "--merged"]
+    assert subprocess.run([*verify, out]).returncode == 0
+    assert subprocess.run([*verify, model]).returncode == 1
+    extract = [program, "extract", "--base", model, "--tuned", out, "--out", tmp_path / "a"]
+    assert subprocess.run([*extract, "--rank", "4"]).returncode == 0
+    assert (tmp_path / "a" / "adapter_config.json").exists()
+    into = subprocess.run(
+        [program, "merge", *arguments, "--out", model, "--overwrite"],
+        capture_output=True,
+        text=True,
+    )
+    assert into.returncode == 1
+    assert "choose another name" in into.stderr
+    assert (model / "model.safetensors").exists()
+
+
 def test_inspect_says_what_things_are(trained, model, capsys):
     adapter = figures(capsys, "inspect", str(trained))
     assert adapter["kind"] == "adapter"
@@ -389,7 +450,8 @@ def test_tokenize_marks_what_counts(model, rows, tmp_path, capsys):
 
 
 def test_help_and_version_answer_and_usage_errors_do_not_succeed(capsys):
-    for verb in ("train", "eval", "generate", "merge", "inspect", "tokenize"):
+    verbs = "train eval generate merge verify extract quantize inspect tokenize"
+    for verb in verbs.split():
         assert main([verb, "--help"]) == 0
         assert f"Usage: budwood {verb}" in capsys.readouterr().out
     assert main(["--version"]) == 0
