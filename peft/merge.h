@@ -55,8 +55,8 @@ std::optional<std::string> why_not_streamed(const MergeFilesOptions& options);
 /// factor, and results that are not finite in their dtype. The bytes do not depend on jobs, and are
 /// those of merging in memory and saving.
 ///
-/// A tied head of which only one side is changed becomes two tensors. Memory: a few panels of 4 MB
-/// for each thread, and the factors of one weight.
+/// A tied head of which only one side is changed becomes two tensors. Memory: a few panels of
+/// 0.5 MB for each thread, and the factors of one weight.
 MergeFilesReport merge_files(const MergeFilesOptions& options);
 
 /// How one tensor of a merged model stands to what it should be.

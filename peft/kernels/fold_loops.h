@@ -75,15 +75,48 @@ inline uint32_t to_odd(double value) {
   return exact ? bits : (bits - static_cast<uint32_t>(away)) | 1u;
 }
 
+inline uint32_t bf16_of_odd(uint32_t bits) {
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+using Singles = float __attribute__((vector_size(kWide * sizeof(float))));
+using Words = uint32_t __attribute__((vector_size(kWide * sizeof(uint32_t))));
+using Halves = uint16_t __attribute__((vector_size(kWide * sizeof(uint16_t))));
+
+/// to_odd of each lane.
+inline Words to_odd(Doubles value) {
+  const Singles near = __builtin_convertvector(value, Singles);
+  const Doubles back = __builtin_convertvector(near, Doubles);
+  Words bits;
+  std::memcpy(&bits, &near, sizeof bits);
+  const auto cut = (back != value) & (value == value);
+  const auto away = (value < 0 ? -back : back) > (value < 0 ? -value : value);
+  // Masks are -1 where true.
+  const Words cut_off = __builtin_convertvector(cut, Words);
+  const Words too_far = __builtin_convertvector(cut & away, Words);
+  return (bits + too_far) | (cut_off & 1u);
+}
+
 bool round_bf16(const double* src, uint16_t* dst, int64_t n) {
-  uint32_t faults = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = to_odd(src[i]);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    dst[i] = static_cast<uint16_t>(rounded);
-    faults |= static_cast<uint32_t>(!is_finite(bits) || !is_finite(rounded << 16));
+  Words faults = {};
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    const Words bits = to_odd(load_wide(src + i));
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words overflow = (rounded & 0x7f80u) == 0x7f80u;
+    const Words infinite = (bits & 0x7f800000u) == 0x7f800000u;
+    faults |= overflow | infinite;
+    const Halves halves = __builtin_convertvector(rounded, Halves);
+    std::memcpy(dst + i, &halves, sizeof halves);
   }
-  return faults == 0;
+  uint32_t fault = 0;
+  for (int64_t j = 0; j < kWide; ++j) fault |= faults[j];
+  for (; i < n; ++i) {
+    const uint32_t bits = to_odd(src[i]), rounded = bf16_of_odd(bits);
+    dst[i] = static_cast<uint16_t>(rounded);
+    fault |= static_cast<uint32_t>(!is_finite(bits) || !is_finite(rounded << 16));
+  }
+  return fault == 0;
 }
 
 void round_to_odd(const double* src, float* dst, int64_t n) {

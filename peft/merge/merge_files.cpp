@@ -24,9 +24,12 @@ struct Piece {
 
 Piece make_piece(OutputRows& output, int64_t panel) {
   if (output.is_copy()) return {output.copied(panel), {}};
-  const auto values = output.values(panel);
+  thread_local OutputRows::Values values;
+  thread_local std::vector<double> written;
+  output.make(panel, values);
   Piece piece{output.rounded(values.after, panel), {}};
-  piece.sums = sums_of(values, output.widened(piece.bytes));
+  output.widen(piece.bytes, written);
+  piece.sums = sums_of(values, written);
   return piece;
 }
 

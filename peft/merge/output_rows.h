@@ -20,7 +20,7 @@ struct FoldSums {
   void add(const FoldSums& other);
 };
 
-/// One output of a plan, made in panels of rows of 4 MB in fp64. From several threads.
+/// One output of a plan, made in panels of rows of 0.5 MB in fp64. From several threads.
 class OutputRows {
  public:
   OutputRows(const MergePlan& plan, const MergeOutput& output);
@@ -34,12 +34,13 @@ class OutputRows {
   struct Values {
     std::vector<double> before, after;  ///< as stored, and with the adapters; rows by columns
   };
-  /// A panel of what is no copy. Throws for types that are not converted.
-  Values values(int64_t panel);
+  /// A panel of what is no copy, into room that is used again. Throws for types that are not
+  /// converted.
+  void make(int64_t panel, Values& values);
   /// `after` in the output's dtype, each number rounded once. Throws when one is not finite.
   std::vector<std::byte> rounded(const std::vector<double>& after, int64_t panel) const;
   /// Bytes of this output's dtype as fp64.
-  std::vector<double> widened(const std::vector<std::byte>& bytes) const;
+  void widen(const std::vector<std::byte>& bytes, std::vector<double>& values) const;
   /// First byte and bytes of a panel in the output's dtype.
   std::pair<uint64_t, uint64_t> extent(int64_t panel) const;
   /// Lets go of the factors.
@@ -50,7 +51,7 @@ class OutputRows {
     return output_.whole != nullptr ? *output_.whole : *output_.source;
   }
   std::vector<std::byte> read(int64_t begin, int64_t rows) const;
-  std::vector<double> wide(int64_t begin, int64_t rows) const;
+  void wide(int64_t begin, int64_t rows, std::vector<double>& values) const;
   const Folding& folding();
   void replace_rows(double* values, int64_t begin, int64_t rows) const;
 

@@ -24,6 +24,8 @@ VerifiedTensor compare(const MergePlan& plan, const MergeOutput& output,
   VerifiedTensor verified{.name = output.spec.name};
   OutputRows rows(plan, output);
   FoldSums sums;
+  OutputRows::Values values;
+  std::vector<double> written;
   for (int64_t panel = 0; panel < rows.panels(); ++panel) {
     const auto [begin, count] = rows.extent(panel);
     std::vector<std::byte> bytes(count);
@@ -32,9 +34,9 @@ VerifiedTensor compare(const MergePlan& plan, const MergeOutput& output,
       verified.equal &= bytes == rows.copied(panel);
       continue;
     }
-    const auto values = rows.values(panel);
+    rows.make(panel, values);
     verified.equal &= bytes == rows.rounded(values.after, panel);
-    const auto written = rows.widened(bytes);
+    rows.widen(bytes, written);
     sums.add(sums_of(values, written));
     for (size_t i = 0; i < written.size(); ++i) {
       const double before = values.before[i], after = values.after[i];
