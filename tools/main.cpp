@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
+#include <budwood/peft/combine.h>
 #include <budwood/peft/extract.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/inspect.h>
@@ -138,6 +139,18 @@ void run_extract(const budwood::ExtractOptions& options) {
                            report.identical.size());
 }
 
+void run_combine(budwood::CombineOptions& options, const std::vector<std::string>& adapters,
+                 std::vector<double>& weights) {
+  options.adapters = sources(adapters, weights);
+  const auto report = budwood::combine(options);
+  warn(report.warnings);
+  for (const auto& module : report.modules)
+    std::cout << fmt::format("  {:<48} rank {:<4} delta norm {:<10.4g} error {:.3g}\n", module.path,
+                             module.rank, module.delta_norm, module.error);
+  std::cout << fmt::format("{} modules written to {}\n", report.modules.size(),
+                           options.out.string());
+}
+
 void run_quantize(budwood::models::QuantizeFilesOptions& options) {
   const auto report = budwood::models::quantize_files(options);
   for (const auto& warning : report.warnings) std::cerr << "warning: " << warning << "\n";
@@ -263,6 +276,23 @@ int main(int argc, char** argv) try {
   extract->add_option("--target", extracting.targets, "Ends of module paths; all but the head");
   extract->add_flag("--overwrite", extracting.overwrite, "Replace the output");
 
+  budwood::CombineOptions combining;
+  std::vector<std::string> combined;
+  std::vector<double> combined_weights;
+  auto* combine = app.add_subcommand("combine", "Make one LoRA adapter of several");
+  combine->add_option("--adapter", combined, "Adapter folder; may be given several times")
+      ->required();
+  combine->add_option("--weight", combined_weights, "Weight of each adapter, in their order");
+  combine->add_option("--out", combining.out, "Adapter folder to write")->required();
+  combine->add_option("--mode", combining.mode, "cat, svd, linear, ties, dare or dare_ties")
+      ->capture_default_str();
+  combine->add_option("--rank", combining.rank, "Of svd, ties and dare; 0 = the largest")
+      ->capture_default_str();
+  combine->add_option("--density", combining.density, "Of ties and dare: entries that are kept")
+      ->capture_default_str();
+  combine->add_option("--seed", combining.seed, "Of dare")->capture_default_str();
+  combine->add_flag("--overwrite", combining.overwrite, "Replace the output");
+
   budwood::models::QuantizeFilesOptions quantizing;
   auto* quantize = app.add_subcommand("quantize", "Pack a model's weights in 4 or 8 bits");
   add_quantize_options(*quantize, quantizing);
@@ -280,6 +310,8 @@ int main(int argc, char** argv) try {
     return run_verify(verifying) ? 0 : 1;
   } else if (*extract) {
     run_extract(extracting);
+  } else if (*combine) {
+    run_combine(combining, combined, combined_weights);
   } else if (*quantize) {
     run_quantize(quantizing);
   }

@@ -136,3 +136,23 @@ def extract(
     targets: list[str] = [],
     overwrite: bool = False,
 ) -> ExtractReport: ...
+
+class CombinedModule:
+    path: str
+    rank: int
+    delta_norm: float
+    error: float
+
+class CombineReport:
+    modules: list[CombinedModule]
+    warnings: list[str]
+
+def combine(
+    adapters: list[tuple[str | PathLike[str], float]],
+    out: str | PathLike[str],
+    mode: str = "cat",
+    rank: int = 0,
+    density: float = 0.5,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> CombineReport: ...

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from .memory import memory_pool
-    from .merging import extract, merge_files, verify_files
+    from .merging import combine_files, extract, merge_files, verify_files
     from .methods import Family, Site, register_family
     from .peft_model import PeftModel
     from .quantized import (
@@ -62,6 +62,7 @@ _HOME = {
     "InjectReport": "inject",
     "OptimizeReport": "fused",
     "memory_pool": "memory",
+    "combine_files": "merging",
     "extract": "merging",
     "merge_files": "merging",
     "verify_files": "merging",
@@ -138,6 +139,7 @@ __all__ = [
     "TaskType",
     "VeraConfig",
     "cmake_prefix_path",
+    "combine_files",
     "extract",
     "get_peft_model",
     "get_peft_model_state_dict",

@@ -73,6 +73,29 @@ def extract(
     return _C.extract(base, tuned, out, rank, energy, list(targets), overwrite)
 
 
+def combine_files(
+    adapters: Sequence[PathLike],
+    out: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    mode: str = "cat",
+    rank: int = 0,
+    density: float = 0.5,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> _C.CombineReport:
+    """Writes `out`: one LoRA adapter of several, D = sum of weight * scaling * B A at each module.
+
+    mode "cat" is exact, its rank the sum of the ranks; "svd" is the best approximation of `rank`
+    (default: the largest of the adapters'); "linear" sums factors of equal rank as HF PEFT does,
+    with cross terms; "ties" (arXiv 2306.01708), "dare" (arXiv 2311.03099) and "dare_ties" trim the
+    changes to the part `density` and cut the result to `rank`. The report has, for each module,
+    the rank and the relative error ||D' - D|| / ||D||. What is not plain LoRA is refused by name.
+    """
+    pairs = with_weights(adapters, weights)
+    return _C.combine(pairs, out, mode, rank, density, seed, overwrite)
+
+
 def with_weights(
     adapters: PathLike | Sequence[PathLike], weights: Sequence[float] | None
 ) -> list[tuple[PathLike, float]]:

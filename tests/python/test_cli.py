@@ -385,6 +385,10 @@ def test_a_merge_is_verified_and_taken_apart_again(trained, model, tmp_path, cap
         with torch.no_grad():
             logits.append(peft.PeftModel.from_pretrained(base, adapter).eval()(ids).logits)
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    both = ("combine", "-a", str(trained), "-a", str(again), "-o", str(tmp_path / "both"))
+    added = figures(capsys, *both, "-w", "1", "-w", "-1")
+    assert {module["rank"] for module in added["modules"]} == {8}
+    assert "exists" in failure(capsys, *both)
     wanted = "found rank 0 and energy 0"
     assert wanted in failure(
         capsys, "extract", "-b", str(model), "-t", str(out), "-o", str(tmp_path / "x")
@@ -450,7 +454,7 @@ def test_tokenize_marks_what_counts(model, rows, tmp_path, capsys):
 
 
 def test_help_and_version_answer_and_usage_errors_do_not_succeed(capsys):
-    verbs = "train eval generate merge verify extract quantize inspect tokenize"
+    verbs = "train eval generate merge verify extract combine quantize inspect tokenize"
     for verb in verbs.split():
         assert main([verb, "--help"]) == 0
         assert f"Usage: budwood {verb}" in capsys.readouterr().out

@@ -340,6 +340,49 @@ def extract(
 
 
 @app.command()
+def combine(
+    adapter: Annotated[
+        list[str], Option("--adapter", "-a", metavar="PATH", help="Adapter folder.")
+    ],
+    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where the adapter goes.")],
+    weight: Annotated[
+        list[float] | None,
+        Option("--weight", "-w", metavar="NUMBER", help="Weight of each adapter, in their order."),
+    ] = None,
+    mode: Annotated[
+        str, Option(metavar="MODE", help="cat, svd, linear, ties, dare or dare_ties.")
+    ] = "cat",
+    rank: Annotated[
+        int, Option("--rank", "-r", metavar="R", help="Of svd, ties, dare; 0 = the largest.")
+    ] = 0,
+    density: Annotated[
+        float, Option(metavar="PART", help="Of ties and dare: entries that are kept.")
+    ] = 0.5,
+    seed: Annotated[int, Option(metavar="N", help="Of dare.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Make one LoRA adapter of several.
+
+    cat is exact and adds the ranks up; svd is the best approximation of a rank; linear, ties and
+    dare change what they sum. The error of each against the weighted sum is printed.
+    """
+    from . import combine as verb
+
+    verb.run(
+        adapters=adapter,
+        weights=weight or [],
+        out=out,
+        mode=mode,
+        rank=rank,
+        density=density,
+        seed=seed,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
 def quantize(
     model: Model,
     out: Annotated[
