@@ -2,6 +2,7 @@
 #include <budwood/peft/io/staging.h>
 #include <budwood/quant/error.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -12,6 +13,8 @@ namespace budwood::io {
 namespace fs = std::filesystem;
 namespace {
 constexpr size_t kBuffer = size_t{1} << 18;
+// Bytes after which the system is asked to begin writing them to the disk.
+constexpr uint64_t kAhead = uint64_t{1} << 24;
 constexpr std::string_view kWhere = "AtomicFile";
 }  // namespace
 
@@ -22,6 +25,7 @@ struct AtomicFile::State {
   uint64_t written = 0;
   std::string buffer;
   bool failed = false;
+  uint64_t given = 0, begun = 0;  // bytes that the system has, and those of them on their way
 
   ~State() {
     if (staged.fd < 0) return;
@@ -42,7 +46,19 @@ struct AtomicFile::State {
       }
       data += n;
       bytes -= static_cast<size_t>(n);
+      given += static_cast<uint64_t>(n);
     }
+    begin_writing_back();
+  }
+
+  // So that commit() does not wait for all of a large file. Only a hint: fsync is what counts.
+  void begin_writing_back() {
+#ifdef __linux__
+    if (given - begun < kAhead) return;
+    (void)::sync_file_range(staged.fd, static_cast<off_t>(begun), static_cast<off_t>(given - begun),
+                            SYNC_FILE_RANGE_WRITE);
+    begun = given;
+#endif
   }
 
   void flush() {

@@ -15,6 +15,8 @@ using kernels::FloatType;
 
 // Numbers of a panel: 0.5 MB in fp64, which stays in the second cache.
 constexpr int64_t kPanelElements = int64_t{1} << 16;
+// Bytes of a copy that are read at a time.
+constexpr int64_t kCopiedBytes = int64_t{1} << 20;
 
 std::optional<FloatType> float_type(io::Dtype dtype) {
   switch (dtype) {
@@ -54,9 +56,16 @@ OutputRows::OutputRows(const MergePlan& plan, const MergeOutput& output)
     : plan_(plan), output_(output) {
   const auto& shape = output.spec.shape;
   const auto count = static_cast<int64_t>(*io::element_count(shape));
-  // A vector is one row.
-  rows_ = count == 0 ? 0 : shape.size() < 2 ? 1 : shape[0];
-  cols_ = count == 0 ? 0 : count / rows_;
+  if (is_copy()) {  // bytes
+    rows_ = static_cast<int64_t>(output.spec.bytes());
+    cols_ = 1;
+    step_ = kCopiedBytes;
+    return;
+  }
+  const bool flat = output.edits.empty() && output.rows.empty();
+  // A vector that is changed is one row.
+  rows_ = count == 0 || flat ? count : shape.size() < 2 ? 1 : shape[0];
+  cols_ = rows_ == 0 ? 0 : count / rows_;
   step_ = std::max<int64_t>(1, kPanelElements / std::max<int64_t>(1, cols_));
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_tokenizer import save_tiny_llama
 
 import budwood
@@ -420,6 +422,47 @@ def test_the_native_program_makes_the_same_files(trained, model, tmp_path):
     assert into.returncode == 1
     assert "choose another name" in into.stderr
     assert (model / "model.safetensors").exists()
+
+
+def test_a_model_larger_than_the_memory_of_its_process_is_merged(tmp_path):
+    program = Path(_C.__file__).parents[2] / "tools" / "budwood"
+    if not program.exists():
+        pytest.skip("the native program is not built")
+    limit, size = 900_000_000, 1_200_000_000
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    model.mkdir()
+    adapter.mkdir()
+    small = torch.randn(16, 16)
+    entries = {
+        "proj.weight": {"dtype": "F32", "shape": [16, 16], "data_offsets": [0, 1024]},
+        "rest": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [1024, 1024 + size]},
+    }
+    header = json.dumps(entries).encode()
+    with (model / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header + small.numpy().tobytes())
+        file.truncate(file.tell() + size)  # zeros that take no disk
+    (model / "config.json").write_text("{}")
+    a, b = torch.randn(2, 16), torch.randn(16, 2)
+    prefix = "base_model.model.proj.lora_"
+    save_file(
+        {f"{prefix}A.weight": a, f"{prefix}B.weight": b}, adapter / "adapter_model.safetensors"
+    )
+    config = budwood.LoraConfig(r=2, lora_alpha=2, target_modules=["proj"])
+    (adapter / "adapter_config.json").write_text(config.to_json())
+
+    def lower():
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    out = tmp_path / "out"
+    command = [program, "merge", "--model", model, "--adapter", adapter, "--out", out]
+    done = subprocess.run(command, preexec_fn=lower, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with safe_open(out / "model.safetensors", "pt") as merged:
+        found = merged.get_tensor("proj.weight")
+    wanted = (small.double() + b.double() @ a.double()).float()
+    assert torch.equal(found, wanted)
+    assert (out / "model.safetensors").stat().st_size > size
+    (out / "model.safetensors").unlink()
 
 
 def test_inspect_says_what_things_are(trained, model, capsys):
