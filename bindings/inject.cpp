@@ -74,6 +74,13 @@ void bind_for(py::module_& m) {
       },
       py::arg("model"), py::arg("names"), py::arg("composition") = "stack");
   m.def(
+      "set_weight",
+      [](Model& model, const std::string& name, double weight) {
+        budwood::set_weight(model, name, weight);
+      },
+      py::arg("model"), py::arg("name"), py::arg("weight"),
+      "Multiplies what an adapter changes at every place.");
+  m.def(
       "set_adapters_enabled",
       [](Model& model, bool on) { budwood::set_adapters_enabled(model, on); }, py::arg("model"),
       py::arg("enabled"));

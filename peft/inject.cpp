@@ -11,6 +11,7 @@
 #include <budwood/peft/targets.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <set>
 
@@ -258,6 +259,20 @@ void set_active(torch::nn::Module& model, const std::vector<std::string>& names,
       train_biases(model, adapter->trained_bias(), name);
     }
   }
+}
+
+void set_weight(torch::nn::Module& model, const std::string& name, double weight) {
+  require_known(model, name, "set_weight");
+  if (!std::isfinite(weight))
+    throw Error("set_weight", fmt::format("the weight of '{}' is {}", name, weight));
+  const auto slots = slots_of(model);
+  for (const auto& [path, slot] : slots) {
+    const auto& merged = slot->merged();
+    if (std::find(merged.begin(), merged.end(), name) != merged.end())
+      throw Error("set_weight", fmt::format("'{}' is merged: unmerge first", name));
+  }
+  for (const auto& adapter : adapters_of(model, name))
+    if (!adapter->companion()) adapter->set_weight(weight);
 }
 
 void merge(torch::nn::Module& model, const std::vector<std::string>& names) {

@@ -45,6 +45,12 @@ void detach(torch::nn::Module& model, const std::string& name);
 void set_active(torch::nn::Module& model, const std::vector<std::string>& names,
                 Composition composition = Composition::stack);
 
+/// From now on multiplies what an adapter changes at every place (1 = as trained), without touching
+/// its parameters; files do not keep it. Whole modules and token rows that are trained along have
+/// no half. Throws for a name that no slot has, for a merged adapter and for a weight that is not
+/// finite.
+void set_weight(torch::nn::Module& model, const std::string& name, double weight);
+
 /// Folds the adapters into the base weights; see LinearSlotImpl::merge. All slots or none.
 void merge(torch::nn::Module& model, const std::vector<std::string>& names = {"default"});
 /// Restores the base weights bit for bit.

@@ -57,6 +57,14 @@ class AdapterControls:
         switches.set_composition(model, composition)
         switches.set_adapter(model, names, trainable=not inference_mode)
 
+    def set_adapter_weight(self, adapter_name: str, weight: float) -> None:
+        """Multiplies what an adapter changes (1 = as trained), from the next call on.
+
+        Its parameters stay as they are, and a saved folder does not have the weight; merging does.
+        Whole modules and token rows that are trained along are not halved.
+        """
+        switches.set_adapter_weight(self.injected_model(), adapter_name, weight)
+
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Freezes or unfreezes adapters, active or not."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

@@ -37,6 +37,9 @@ class SavedModule(Slot):
             raise Error(f"[attach] a copy for adapter {name!r} is already there")
         self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(False)
 
+    def set_adapter_weight(self, name: str, weight: float) -> None:
+        """A module that is replaced whole has no half."""
+
     def detach(self, name: str) -> None:
         del self.modules_to_save[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]

@@ -58,6 +58,10 @@ class Slot(nn.Module):
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(wanted)
 
+    def set_adapter_weight(self, name: str, weight: float) -> None:
+        """Multiplies what one adapter changes, without touching its parameters; 1 unless set."""
+        raise NotImplementedError
+
     def enable_adapters(self, enabled: bool) -> None:
         """With False, forward is the bare base, bit for bit."""
         self.adapters_enabled = enabled
@@ -126,6 +130,7 @@ class LoraSlot(WeightSlot):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self._whole_scaling: dict[str, float] = {}  # of adapters that have a weight
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -180,6 +185,10 @@ class LoraSlot(WeightSlot):
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         self.lora_dropout[name].train(self.training)
 
+    def set_adapter_weight(self, name: str, weight: float) -> None:
+        whole = self._whole_scaling.setdefault(name, self.scaling[name])
+        self.scaling[name] = whole * weight
+
     def make_factors(self, r: int, lora_bias: bool) -> tuple[nn.Module, nn.Module]:
         """A and B. HF PEFT makes them in the same order, so that one seed gives one adapter."""
         raise NotImplementedError
@@ -190,6 +199,7 @@ class LoraSlot(WeightSlot):
             del held[name]
         for values in (self.r, self.lora_alpha, self.scaling):
             del values[name]
+        self._whole_scaling.pop(name, None)
         self.active_adapters = [other for other in self.active_adapters if other != name]
 
     def extra_repr(self) -> str:
@@ -242,6 +252,12 @@ class LinearSlot(LoraSlot):
         super().set_adapter(names, trainable)
         if self.slot is not None:
             self.slot.set_active([n for n in self.active_adapters if n in self.adapters])
+
+    def set_adapter_weight(self, name: str, weight: float) -> None:
+        if name not in self.adapters:
+            super().set_adapter_weight(name, weight)
+        elif not self.adapters[name].impl.companion():
+            self.adapters[name].impl.weight = weight
 
     def make_factors(self, r: int, lora_bias: bool) -> tuple[nn.Module, nn.Module]:
         return (
@@ -534,6 +550,10 @@ class EmbeddingSlot(WeightSlot):
 
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         return self.adapters[name].trained()
+
+    def set_adapter_weight(self, name: str, weight: float) -> None:
+        if not self.adapters[name].impl.companion():
+            self.adapters[name].impl.weight = weight
 
     def attach_method(self, name: str) -> None:
         """Takes in an adapter that the C++ slot has."""

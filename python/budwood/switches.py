@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import nn
@@ -75,6 +76,19 @@ def set_adapter(model: nn.Module, names: list[str], trainable: bool = True) -> N
     biases = biases_of(model)
     if biases is not None:
         biases.set_active(model, biases.adapter in names, trainable)
+
+
+def set_adapter_weight(model: nn.Module, name: str, weight: float) -> None:
+    """Multiplies what an adapter changes at every place."""
+    check_names(model, [name], "set_adapter_weight")
+    if not math.isfinite(weight):
+        raise Error(f"[set_adapter_weight] the weight of {name!r} is {weight}")
+    for path, slot in weight_slots(model):
+        if slot.is_merged(name):
+            raise Error(f"[set_adapter_weight] {name!r} is merged at {path}: unmerge it first")
+    for _, slot in slots(model):
+        if name in slot.adapter_names():
+            slot.set_adapter_weight(name, float(weight))
 
 
 def set_composition(model: nn.Module, composition: str) -> None:

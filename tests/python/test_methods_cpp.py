@@ -336,3 +336,73 @@ def test_minilm_gives_the_sentence_embeddings_of_transformers():
             _C.TokenBatch.from_rows(rows["input_ids"], rows["attention_mask"])
         )
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+# What a weight of 0 leaves of them is not the base: virtual tokens take part in attention.
+STAY_AT_ZERO = ("prefix", "prompt", "p_tuning")
+WHOLE = {"trained_tokens", "saved_modules"}
+
+
+@pytest.mark.parametrize(("method", "family"), ALL)
+def test_a_weight_scales_what_an_adapter_does_on_both_sides(method, family, tmp_path):
+    base, rows = tiny(family), rows_of(family)
+    cpp = cpp_model(base, family, tmp_path / "model")
+    torch.manual_seed(3)
+    python = budwood.get_peft_model(base, config_of(method, family))
+    randomise(python)
+    python.eval().save_pretrained(tmp_path / "adapter")
+    _C.load_adapter(cpp, str(tmp_path / "adapter"))
+    cpp.eval()
+    parameters = {name: p.detach().clone() for name, p in python.named_parameters()}
+    with torch.no_grad():
+        whole = python_logits(python, family, rows)
+        for weight in (0.5, -0.3, 0.0):
+            python.set_adapter_weight("default", weight)
+            _C.set_weight(cpp, "default", weight)
+            found = python_logits(python, family, rows)
+            assert torch.allclose(found, cpp_logits(cpp, family, rows), rtol=1e-4, atol=3e-5)
+            if method not in WHOLE:
+                assert not torch.allclose(found, whole, atol=1e-4)
+        if method not in WHOLE and not method.startswith(STAY_AT_ZERO):
+            with python.disable_adapter():
+                assert torch.allclose(
+                    found, python_logits(python, family, rows), rtol=1e-4, atol=1e-5
+                )
+        python.set_adapter_weight("default", 1.0)
+        assert torch.equal(python_logits(python, family, rows), whole)
+    for name, p in python.named_parameters():
+        assert torch.equal(p, parameters[name])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora_embedding", "dora_embedding", "ia3"])
+def test_a_merge_is_at_the_weight(method, tmp_path):
+    base, rows = tiny("llama"), rows_of("llama")
+    cpp = cpp_model(base, "llama", tmp_path / "model")
+    torch.manual_seed(3)
+    python = budwood.get_peft_model(base, config_of(method, "llama"))
+    randomise(python)
+    python.eval().save_pretrained(tmp_path / "adapter")
+    _C.load_adapter(cpp, str(tmp_path / "adapter"))
+    cpp.eval()
+    with torch.no_grad():
+        python.set_adapter_weight("default", 0.4)
+        _C.set_weight(cpp, "default", 0.4)
+        wanted = python_logits(python, "llama", rows)
+        python.merge_adapter()
+        _C.merge(cpp)
+        for found in (python_logits(python, "llama", rows), cpp_logits(cpp, "llama", rows)):
+            assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-5)
+    for call in (
+        lambda: python.set_adapter_weight("default", 1.0),
+        lambda: _C.set_weight(cpp, "default", 1.0),
+    ):
+        with pytest.raises(budwood.Error, match="merged"):
+            call()
+    python.unmerge_adapter()
+    for wrong, wanted in (("none", "none"), ("default", "nan")):
+        weight = 1.0 if wrong == "none" else float("nan")
+        with pytest.raises(budwood.Error, match=wanted):
+            python.set_adapter_weight(wrong, weight)
+    with pytest.raises(budwood.Error, match="nan"):
+        _C.unmerge(cpp)
+        _C.set_weight(cpp, "default", float("nan"))

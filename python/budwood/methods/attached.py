@@ -68,6 +68,9 @@ class PlaceSlot(Slot):
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         return self.adapters[name].trained()
 
+    def set_adapter_weight(self, name: str, weight: float) -> None:
+        self.adapters[name].impl.weight = weight
+
     def detach(self, name: str) -> None:
         self.slot.detach(name)
         del self.adapters[name]
