@@ -50,7 +50,7 @@ class OutputRows {
   const io::TensorInfo& stored() const {
     return output_.whole != nullptr ? *output_.whole : *output_.source;
   }
-  std::vector<std::byte> read(int64_t begin, int64_t rows) const;
+  void read(int64_t begin, int64_t rows, std::vector<std::byte>& bytes) const;
   void wide(int64_t begin, int64_t rows, std::vector<double>& values) const;
   const Folding& folding();
   void replace_rows(double* values, int64_t begin, int64_t rows) const;
