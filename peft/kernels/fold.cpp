@@ -90,6 +90,31 @@ void add_product(double* panel, int64_t rows, int64_t cols, Factor left, Factor 
   }
 }
 
+void FoldSums::add(const FoldSums& other) {
+  weight += other.weight;
+  delta += other.delta;
+  left += other.left;
+  error += other.error;
+}
+
+FoldSums sums_of(const double* before, const double* after, const double* written, int64_t n) {
+  double chains[4][kFoldChains] = {};
+  const int64_t whole = n / kFoldChains * kFoldChains;
+  path().add_sums(before, after, written, whole, chains);
+  for (int64_t i = whole; i < n; ++i) {
+    const int64_t j = i - whole;
+    const double change = after[i] - before[i], missed = written[i] - after[i];
+    chains[0][j] += before[i] * before[i];
+    chains[1][j] += change * change;
+    chains[2][j] += (written[i] - before[i]) * change;
+    chains[3][j] += missed * missed;
+  }
+  FoldSums sums;
+  for (int64_t j = 0; j < kFoldChains; ++j)
+    sums.add({chains[0][j], chains[1][j], chains[2][j], chains[3][j]});
+  return sums;
+}
+
 void add_column_squares(const double* panel, int64_t rows, int64_t cols, double* sums) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; ++j) sums[j] += panel[i * cols + j] * panel[i * cols + j];

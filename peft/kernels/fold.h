@@ -31,6 +31,16 @@ struct Factor {
 void add_product(double* panel, int64_t rows, int64_t cols, Factor left, Factor right,
                  int64_t rank);
 
+/// Sums over n numbers W before a change, W + D after it, and R as written; each in 8 chains.
+struct FoldSums {
+  double weight = 0;  ///< W²
+  double delta = 0;   ///< D²
+  double left = 0;    ///< (R - W) D
+  double error = 0;   ///< (R - W - D)²
+  void add(const FoldSums& other);
+};
+FoldSums sums_of(const double* before, const double* after, const double* written, int64_t n);
+
 /// sums[j] += the squares of column j of a panel [rows, cols], one row after the other.
 void add_column_squares(const double* panel, int64_t rows, int64_t cols, double* sums);
 /// The sum of n squares, one after the other.

@@ -123,8 +123,29 @@ void round_to_odd(const double* src, float* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = quant::kernels::float_from_bits(to_odd(src[i]));
 }
 
-constexpr FoldPath kFoldPath = {add_row,    bf16_to_fp64, fp32_to_fp64,
-                                round_fp32, round_bf16,   round_to_odd};
+void add_sums(const double* before, const double* after, const double* written, int64_t n,
+              double (*sums)[kFoldChains]) {
+  constexpr int kVectors = kFoldChains / kWide;
+  Doubles weight[kVectors] = {}, delta[kVectors] = {}, left[kVectors] = {}, error[kVectors] = {};
+  for (int64_t i = 0; i < n; i += kFoldChains)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = i + v * kWide;
+      const Doubles w = load_wide(before + at), now = load_wide(after + at);
+      const Doubles r = load_wide(written + at);
+      const Doubles change = now - w, missed = r - now;
+      weight[v] += w * w;
+      delta[v] += change * change;
+      left[v] += (r - w) * change;
+      error[v] += missed * missed;
+    }
+  const Doubles* const all[] = {weight, delta, left, error};
+  for (int s = 0; s < 4; ++s)
+    for (int v = 0; v < kVectors; ++v)
+      for (int64_t l = 0; l < kWide; ++l) sums[s][v * kWide + l] += all[s][v][l];
+}
+
+constexpr FoldPath kFoldPath = {add_row,    bf16_to_fp64, fp32_to_fp64, round_fp32,
+                                round_bf16, round_to_odd, add_sums};
 
 }  // namespace
 }  // namespace budwood::kernels

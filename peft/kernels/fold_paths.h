@@ -7,6 +7,8 @@ namespace budwood::kernels {
 
 /// Columns of a product that are in the first cache with their factor.
 constexpr int64_t kFoldColumns = 256;
+/// Chains of a sum: number i is in chain i % kFoldChains.
+constexpr int64_t kFoldChains = 8;
 
 struct FoldPath {
   /// sums [cols] += left [rank] right [rank, kFoldColumns], cols a multiple of 8 up to
@@ -19,6 +21,9 @@ struct FoldPath {
   bool (*round_bf16)(const double* src, uint16_t* dst, int64_t n);
   /// Floats from which a shorter type is rounded as from the numbers themselves.
   void (*round_to_odd)(const double* src, float* dst, int64_t n);
+  /// Adds the terms of the four FoldSums to their chains; n is a multiple of kFoldChains.
+  void (*add_sums)(const double* before, const double* after, const double* written, int64_t n,
+                   double (*sums)[kFoldChains]);
 };
 
 extern const FoldPath kFoldScalar;

@@ -19,7 +19,7 @@ constexpr uint64_t kLargestCarried = 256 << 20;
 
 struct Piece {
   std::vector<std::byte> bytes;
-  FoldSums sums;
+  kernels::FoldSums sums;
 };
 
 Piece make_piece(OutputRows& output, int64_t panel) {
@@ -33,7 +33,7 @@ Piece make_piece(OutputRows& output, int64_t panel) {
   return piece;
 }
 
-MergedTensor figures(const std::string& name, const FoldSums& sums) {
+MergedTensor figures(const std::string& name, const kernels::FoldSums& sums) {
   MergedTensor merged{
       .name = name, .weight_norm = std::sqrt(sums.weight), .delta_norm = std::sqrt(sums.delta)};
   if (sums.delta > 0) {
@@ -60,7 +60,7 @@ void write_weights(const MergePlan& plan, const MergeFilesOptions& options, cons
     for (int64_t i = 0; i < outputs.back()->panels(); ++i)
       pieces.emplace_back(outputs.size() - 1, i);
   }
-  FoldSums sums;
+  kernels::FoldSums sums;
   const int jobs = options.jobs > 0
                        ? options.jobs
                        : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));

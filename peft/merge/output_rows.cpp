@@ -33,32 +33,9 @@ std::optional<FloatType> float_type(io::Dtype dtype) {
 
 }  // namespace
 
-void FoldSums::add(const FoldSums& other) {
-  weight += other.weight;
-  delta += other.delta;
-  left += other.left;
-  error += other.error;
-}
-
-FoldSums sums_of(const OutputRows::Values& values, const std::vector<double>& written) {
-  // Chains that the compiler can keep side by side in vectors.
-  constexpr size_t kChains = 8;
-  double weight[kChains] = {}, change[kChains] = {}, left[kChains] = {}, error[kChains] = {};
-  const auto add = [&](size_t i, size_t j) {
-    const double before = values.before[i], after = values.after[i];
-    const double delta = after - before, missed = written[i] - after;
-    weight[j] += before * before;
-    change[j] += delta * delta;
-    left[j] += (written[i] - before) * delta;
-    error[j] += missed * missed;
-  };
-  size_t i = 0;
-  for (; i + kChains <= written.size(); i += kChains)
-    for (size_t j = 0; j < kChains; ++j) add(i + j, j);
-  for (; i < written.size(); ++i) add(i, i % kChains);
-  FoldSums sums;
-  for (size_t j = 0; j < kChains; ++j) sums.add({weight[j], change[j], left[j], error[j]});
-  return sums;
+kernels::FoldSums sums_of(const OutputRows::Values& values, const std::vector<double>& written) {
+  return kernels::sums_of(values.before.data(), values.after.data(), written.data(),
+                          static_cast<int64_t>(written.size()));
 }
 
 OutputRows::OutputRows(const MergePlan& plan, const MergeOutput& output)

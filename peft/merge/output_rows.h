@@ -1,5 +1,6 @@
 #pragma once
 
+#include <budwood/peft/kernels/fold.h>
 #include <budwood/peft/merge/fold_panel.h>
 #include <budwood/peft/merge/merge_plan.h>
 
@@ -10,15 +11,6 @@
 #include <vector>
 
 namespace budwood {
-
-/// Sums over a panel, or a tensor, with W before, D the change and R what was written.
-struct FoldSums {
-  double weight = 0;  ///< W²
-  double delta = 0;   ///< D²
-  double left = 0;    ///< (R - W) D
-  double error = 0;   ///< (R - W - D)²
-  void add(const FoldSums& other);
-};
 
 /// One output of a plan, made in panels of rows of 0.5 MB in fp64. From several threads.
 class OutputRows {
@@ -62,6 +54,7 @@ class OutputRows {
   std::unique_ptr<Folding> folding_;
 };
 
-FoldSums sums_of(const OutputRows::Values& values, const std::vector<double>& written);
+/// Of a panel, `written` being its rounded values.
+kernels::FoldSums sums_of(const OutputRows::Values& values, const std::vector<double>& written);
 
 }  // namespace budwood

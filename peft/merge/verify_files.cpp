@@ -23,7 +23,7 @@ VerifiedTensor compare(const MergePlan& plan, const MergeOutput& output,
                        const io::ModelFiles& merged, const io::TensorInfo& found) {
   VerifiedTensor verified{.name = output.spec.name};
   OutputRows rows(plan, output);
-  FoldSums sums;
+  kernels::FoldSums sums;
   OutputRows::Values values;
   std::vector<double> written;
   for (int64_t panel = 0; panel < rows.panels(); ++panel) {

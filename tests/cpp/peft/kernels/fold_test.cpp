@@ -124,3 +124,33 @@ TEST_CASE("what is not finite in the result's type is found, wherever it stands"
     CHECK(round_once(&fits, FloatType::fp16, &half, 1));
   }
 }
+
+TEST_CASE("sums of a change are the same on every instruction set, with tails") {
+  std::mt19937 random(7);
+  std::normal_distribution<double> normal;
+  for (const size_t n : {0, 5, 8, 61}) {
+    std::vector<double> before(n), after(n), written(n);
+    double weight = 0, delta = 0, left = 0, error = 0;
+    for (size_t i = 0; i < n; ++i) {
+      before[i] = normal(random);
+      after[i] = before[i] + 0.1 * normal(random);
+      written[i] = after[i] + 0.01 * normal(random);
+      weight += before[i] * before[i];
+      delta += (after[i] - before[i]) * (after[i] - before[i]);
+      left += (written[i] - before[i]) * (after[i] - before[i]);
+      error += (written[i] - after[i]) * (written[i] - after[i]);
+    }
+    FoldSums first;
+    for (const auto set : sets()) {
+      const ScopedIsa forced(set);
+      const auto found =
+          sums_of(before.data(), after.data(), written.data(), static_cast<int64_t>(n));
+      CHECK(found.weight == doctest::Approx(weight));
+      CHECK(found.delta == doctest::Approx(delta));
+      CHECK(found.left == doctest::Approx(left));
+      CHECK(found.error == doctest::Approx(error));
+      if (set == Isa::scalar) first = found;
+      CHECK(std::memcmp(&found, &first, sizeof first) == 0);
+    }
+  }
+}
