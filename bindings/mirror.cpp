@@ -147,7 +147,7 @@ void bind_slots(py::module_& m) {
           [](const LinearSlotImpl& slot, const at::Tensor& rows, int64_t begin,
              const py::list& first, const std::vector<std::string>& names) {
             at::NoGradGuard no_grad;
-            return fold_rows(rows.clone(at::MemoryFormat::Contiguous), begin,
+            return fold_rows(rows.to(at::kCPU).clone(at::MemoryFormat::Contiguous), begin,
                              merged_terms(slot, first, names));
           },
           py::arg("rows"), py::arg("begin"), py::arg("first"), py::arg("names"),
@@ -166,7 +166,8 @@ void bind_slots(py::module_& m) {
       "fold_rows",
       [](const at::Tensor& rows, int64_t begin, const py::list& terms) {
         at::NoGradGuard no_grad;
-        return fold_rows(rows.clone(at::MemoryFormat::Contiguous), begin, terms_of(terms));
+        return fold_rows(rows.to(at::kCPU).clone(at::MemoryFormat::Contiguous), begin,
+                         terms_of(terms));
       },
       py::arg("rows"), py::arg("begin"), py::arg("terms"),
       "Rows [begin, begin + rows.size(0)) of a weight in fp64 with LoRA terms in them.");

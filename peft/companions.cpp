@@ -133,7 +133,7 @@ at::Tensor CopiedEmbedding::forward(const quant::Weight&, const at::Tensor& ids,
 }
 
 at::Tensor CopiedEmbedding::fold_rows(const quant::Weight&, at::Tensor rows, int64_t begin) const {
-  return weight_.detach().narrow(0, begin, rows.size(0)).to(at::kDouble);
+  return weight_.detach().narrow(0, begin, rows.size(0)).to(rows.device(), at::kDouble);
 }
 
 AdapterState CopiedEmbedding::state() const {
@@ -173,9 +173,10 @@ at::Tensor TrainedTokens::forward(const quant::Weight&, const at::Tensor& ids,
 }
 
 at::Tensor TrainedTokens::fold_rows(const quant::Weight&, at::Tensor rows, int64_t begin) const {
-  const auto local = index_.narrow(0, begin, rows.size(0));
+  const auto local = index_.narrow(0, begin, rows.size(0)).to(rows.device());
   const auto where = (local >= 0).nonzero().flatten();
-  const auto chosen = rows_.detach().index_select(0, local.index_select(0, where));
+  const auto chosen =
+      rows_.detach().to(rows.device()).index_select(0, local.index_select(0, where));
   return rows.index_copy(0, where, chosen.to(rows.scalar_type()));
 }
 

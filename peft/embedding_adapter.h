@@ -15,8 +15,8 @@ class EmbeddingAdapter : public Adapter {
   /// before; returns them with this adapter at weight 1.
   virtual at::Tensor forward(const quant::Weight& table, const at::Tensor& ids,
                              at::Tensor rows) const = 0;
-  /// Rows [begin, begin + rows.size(0)) of `table` in fp64 -> the same with the adapter at weight 1
-  /// folded in.
+  /// Rows [begin, begin + rows.size(0)) of `table` in fp64, on the CPU -> the same with the adapter
+  /// at weight 1 folded in.
   virtual at::Tensor fold_rows(const quant::Weight& table, at::Tensor rows,
                                int64_t begin) const = 0;
 };

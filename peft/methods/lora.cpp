@@ -218,12 +218,15 @@ at::Tensor LoraEmbedding::forward(const quant::Weight& table, const at::Tensor& 
 
 at::Tensor LoraEmbedding::fold_rows(const quant::Weight& table, at::Tensor rows,
                                     int64_t begin) const {
-  const auto a = lora_a_.detach().contiguous(), b = lora_b_.detach().contiguous();
+  const auto plain = [](const at::Tensor& t) {
+    return t.detach().to(at::kCPU, at::kFloat).contiguous();
+  };
+  const auto a = plain(lora_a_), b = plain(lora_b_);
   const int64_t rank = a.size(0);
   kernels::add_product(rows.mutable_data_ptr<double>(), rows.size(0), rows.size(1),
                        {a.const_data_ptr<float>() + begin, 1, a.size(1)},
                        {b.const_data_ptr<float>(), rank, 1, scaling_}, rank);
-  return norms_ ? rows * gain(table).to(at::kDouble) : rows;
+  return norms_ ? rows * gain(table).to(at::kCPU, at::kDouble) : rows;
 }
 
 AdapterState LoraEmbedding::state() const {
