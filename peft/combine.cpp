@@ -4,11 +4,10 @@
 #include <fmt/ranges.h>
 
 #include <budwood/peft/combine.h>
-#include <budwood/peft/io/file.h>
+#include <budwood/peft/lora_folder.h>
 #include <budwood/peft/merge/adapter_file.h>
 #include <budwood/peft/methods/lora_config.h>
 #include <budwood/peft/svd.h>
-#include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
 #include <cmath>
@@ -163,7 +162,7 @@ CombineReport combine(const CombineOptions& options) {
                                             options.adapters[0].path.string()));
   }
   auto generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
-  NamedTensors tensors;
+  std::vector<LoraFactors> factors;
   for (const auto& [path, table] : modules) {
     std::vector<Factors> all;
     std::vector<double> scales;
@@ -190,22 +189,12 @@ CombineReport combine(const CombineOptions& options) {
     const Factors rest = beside({{a.to(at::kDouble), b.to(at::kDouble)}, {whole.a, -whole.b}});
     const double norm = norm_of(whole);
     report.modules.push_back({path, a.size(0), norm, norm > 0 ? norm_of(rest) / norm : 0.0});
-    const auto key = "base_model.model." + path;
-    tensors.emplace_back(key + (table ? ".lora_embedding_A" : ".lora_A.weight"), a);
-    tensors.emplace_back(key + (table ? ".lora_embedding_B" : ".lora_B.weight"), b);
+    factors.push_back({path, a, b, table});
   }
 
   auto config = std::make_shared<LoraConfig>();
-  config->r = 0;
-  for (const auto& module : report.modules) config->r = std::max(config->r, module.rank);
-  config->lora_alpha = static_cast<double>(config->r);
   std::vector<std::string> paths;
-  for (const auto& module : report.modules) {
-    paths.push_back(module.path);
-    if (module.rank == config->r) continue;
-    config->rank_pattern.emplace_back(module.path, module.rank);
-    config->alpha_pattern.emplace_back(module.path, static_cast<double>(module.rank));
-  }
+  for (const auto& module : report.modules) paths.push_back(module.path);
   // A list of names says the same again only where nothing else narrows it down.
   const bool same = std::holds_alternative<std::vector<std::string>>(configs[0]->target_modules) &&
                     std::holds_alternative<std::monostate>(configs[0]->layers_to_transform) &&
@@ -216,12 +205,7 @@ CombineReport combine(const CombineOptions& options) {
   config->fan_in_fan_out = configs[0]->fan_in_fan_out;
   config->base_model_name_or_path = configs[0]->base_model_name_or_path;
   config->task_type = configs[0]->task_type;
-  config->inference_mode = true;
-  io::AtomicFolder out(options.out,
-                       options.overwrite ? io::Existing::replace : io::Existing::refuse);
-  io::write_file(out.path() / "adapter_config.json", config->to_json());
-  write_tensors(out.path() / "adapter_model.safetensors", tensors);
-  out.commit();
+  write_lora_folder(options.out, *config, factors, options.overwrite);
   return report;
 }
 

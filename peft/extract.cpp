@@ -4,6 +4,7 @@
 
 #include <budwood/peft/extract.h>
 #include <budwood/peft/io/hf_index.h>
+#include <budwood/peft/lora_folder.h>
 #include <budwood/peft/merge/base_layout.h>
 #include <budwood/peft/methods/lora_config.h>
 #include <budwood/peft/svd.h>
@@ -117,7 +118,7 @@ ExtractReport extract(const ExtractOptions& options) {
 
   ExtractReport report;
   auto config = std::make_shared<LoraConfig>();
-  NamedTensors tensors;
+  std::vector<LoraFactors> written;
   std::vector<std::string> extracted, others;
   bool any_target = false;
   std::map<std::string, ModuleInfo> modules;
@@ -157,8 +158,7 @@ ExtractReport extract(const ExtractOptions& options) {
     const auto factors = factors_of(delta, options);
     const auto& path = it->second.path;
     const int64_t rank = factors.a.size(0);
-    tensors.emplace_back("base_model.model." + path + ".lora_A.weight", factors.a);
-    tensors.emplace_back("base_model.model." + path + ".lora_B.weight", factors.b);
+    written.push_back({path, factors.a, factors.b});
     extracted.push_back(path);
     report.modules.push_back({path, rank, norm, factors.energy});
     report.parameters += factors.a.numel() + factors.b.numel();
@@ -171,23 +171,10 @@ ExtractReport extract(const ExtractOptions& options) {
     throw Error("extract",
                 "the targets do not differ between the two models: there is nothing to "
                 "extract");
-  config->r = report.modules[0].rank;
-  for (const auto& module : report.modules) config->r = std::max(config->r, module.rank);
-  config->lora_alpha = static_cast<double>(config->r);
-  for (const auto& module : report.modules) {
-    if (module.rank == config->r) continue;
-    config->rank_pattern.emplace_back(module.path, module.rank);
-    config->alpha_pattern.emplace_back(module.path, static_cast<double>(module.rank));
-  }
   config->target_modules = minimal_suffixes(extracted, others);
   config->base_model_name_or_path = options.base.string();
   if (layout.causal()) config->task_type = "CAUSAL_LM";
-  config->inference_mode = true;
-  io::AtomicFolder out(options.out,
-                       options.overwrite ? io::Existing::replace : io::Existing::refuse);
-  io::write_file(out.path() / "adapter_config.json", config->to_json());
-  write_tensors(out.path() / "adapter_model.safetensors", tensors);
-  out.commit();
+  write_lora_folder(options.out, *config, written, options.overwrite);
   return report;
 }
 

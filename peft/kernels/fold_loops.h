@@ -75,10 +75,6 @@ inline uint32_t to_odd(double value) {
   return exact ? bits : (bits - static_cast<uint32_t>(away)) | 1u;
 }
 
-inline uint32_t bf16_of_odd(uint32_t bits) {
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-
 using Singles = float __attribute__((vector_size(kWide * sizeof(float))));
 using Words = uint32_t __attribute__((vector_size(kWide * sizeof(uint32_t))));
 using Halves = uint16_t __attribute__((vector_size(kWide * sizeof(uint16_t))));
@@ -112,9 +108,9 @@ bool round_bf16(const double* src, uint16_t* dst, int64_t n) {
   uint32_t fault = 0;
   for (int64_t j = 0; j < kWide; ++j) fault |= faults[j];
   for (; i < n; ++i) {
-    const uint32_t bits = to_odd(src[i]), rounded = bf16_of_odd(bits);
-    dst[i] = static_cast<uint16_t>(rounded);
-    fault |= static_cast<uint32_t>(!is_finite(bits) || !is_finite(rounded << 16));
+    const uint32_t bits = to_odd(src[i]);
+    dst[i] = quant::kernels::fp32_to_bf16(quant::kernels::float_from_bits(bits));
+    fault |= static_cast<uint32_t>(!is_finite(bits) || !is_finite(uint32_t{dst[i]} << 16));
   }
   return fault == 0;
 }

@@ -29,10 +29,10 @@ io::Dtype dtype_of(const std::string& name, io::Dtype own) {
 }  // namespace
 
 MergePlan::MergePlan(const MergeFilesOptions& options)
-    : base(io::ModelFiles::open(options.model, io::Access::headers)), layout(options.model, base) {
+    : base(io::ModelFiles::open(options.model, io::Access::headers)),
+      layout(options.model, base),
+      dtype_(options.dtype) {
   if (options.adapters.empty()) throw Error("merge_files", "no adapter is given");
-  if (layout.quantised())
-    throw Error("merge_files", fmt::format("{} is quantised", options.model.string()));
   outputs.reserve(base.tensors().size() + 1);  // and a head
   for (const auto* tensor : base.tensors())
     outputs.push_back(
@@ -54,9 +54,6 @@ MergePlan::MergePlan(const MergeFilesOptions& options)
                             options.adapters.size() == 1 ? "the adapter" : "an adapter",
                             options.model.string(), fmt::join(faults_, "\n  ")));
   keep_tied_head();
-  for (auto& output : outputs)
-    if (output.source == nullptr || output.spec.name != output.source->name)
-      output.spec.dtype = dtype_of(options.dtype, output.spec.dtype);
 }
 
 // The output of a tensor that an adapter names, null when there is none; that of the head of a tied
@@ -70,7 +67,8 @@ MergeOutput* MergePlan::output_of(const std::string& name) {
   for (auto& output : outputs)
     if (output.spec.name == wanted) return &output;
   unties = true;
-  outputs.push_back({.spec = {wanted, tensor->dtype, tensor->shape}, .source = tensor});
+  outputs.push_back(
+      {.spec = {wanted, dtype_of(dtype_, tensor->dtype), tensor->shape}, .source = tensor});
   return &outputs.back();
 }
 
@@ -202,7 +200,8 @@ void MergePlan::keep_tied_head() {
   if (of(name) == outputs.end()) {
     if (changed->edits.empty() && changed->whole == nullptr) return;
     unties = true;
-    outputs.push_back({.spec = {name, table->dtype, table->shape}, .source = table});
+    outputs.push_back(
+        {.spec = {name, dtype_of(dtype_, table->dtype), table->shape}, .source = table});
   }
   of(name)->rows = rows;
 }

@@ -21,7 +21,7 @@ struct Edit {
 /// A tensor that is written.
 struct MergeOutput {
   io::TensorSpec spec;
-  const io::TensorInfo* source = nullptr;  ///< of the base; null when an adapter brings all of it
+  const io::TensorInfo* source = nullptr;  ///< of the base
   const io::TensorInfo* whole = nullptr;   ///< of an adapter, in place of the base's
   std::vector<Edit> edits;                 ///< in order
   bool transposed = false;                 ///< the edits' matrix is stored as [in, out]
@@ -49,6 +49,7 @@ struct MergePlan {
   void add_token_rows(const AdapterFile& adapter);
   void check_targets(const AdapterFile& adapter);
   void keep_tied_head();
+  std::string dtype_;  // as asked for
   std::vector<std::string> faults_;
 };
 
