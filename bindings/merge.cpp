@@ -12,15 +12,10 @@ namespace {
 using Adapters = std::vector<std::pair<std::filesystem::path, double>>;
 
 MergeFilesOptions options_of(const std::filesystem::path& model, const Adapters& adapters,
-                             const std::filesystem::path& out, const std::string& dtype,
-                             uint64_t max_shard_size, int jobs, bool overwrite) {
+                             const std::filesystem::path& out) {
   MergeFilesOptions options;
   options.model = model;
   options.out = out;
-  options.dtype = dtype;
-  options.max_shard_size = max_shard_size;
-  options.jobs = jobs;
-  options.overwrite = overwrite;
   for (const auto& [path, weight] : adapters) options.adapters.push_back({path, weight});
   return options;
 }
@@ -33,7 +28,8 @@ void bind_merge(py::module_& m) {
       .def_readonly("weight_norm", &MergedTensor::weight_norm)
       .def_readonly("delta_norm", &MergedTensor::delta_norm)
       .def_readonly("survival", &MergedTensor::survival)
-      .def_readonly("error", &MergedTensor::error);
+      .def_readonly("error", &MergedTensor::error)
+      .def_readonly("distance", &MergedTensor::distance);
   py::class_<MergeFilesReport>(m, "MergeFilesReport", "What merge_files did.")
       .def_readonly("merged", &MergeFilesReport::merged)
       .def_readonly("replaced", &MergeFilesReport::replaced)
@@ -43,13 +39,25 @@ void bind_merge(py::module_& m) {
   m.def(
       "merge_files",
       [](const std::filesystem::path& model, const Adapters& adapters,
-         const std::filesystem::path& out, const std::string& dtype, uint64_t max_shard_size,
-         int jobs, bool overwrite) {
-        return merge_files(
-            options_of(model, adapters, out, dtype, max_shard_size, jobs, overwrite));
+         const std::filesystem::path& out, const std::string& into,
+         const std::filesystem::path& original, const std::string& dtype, uint64_t max_shard_size,
+         int jobs, bool overwrite, bool force, bool resume, bool backup) {
+        auto options = options_of(model, adapters, out);
+        options.into = into;
+        options.original = original;
+        options.dtype = dtype;
+        options.max_shard_size = max_shard_size;
+        options.jobs = jobs;
+        options.overwrite = overwrite;
+        options.force = force;
+        options.resume = resume;
+        options.backup = backup;
+        return merge_files(options);
       },
-      py::arg("model"), py::arg("adapters"), py::arg("out"), py::arg("dtype") = "auto",
+      py::arg("model"), py::arg("adapters"), py::arg("out"), py::kw_only(),
+      py::arg("into") = "dequantised", py::arg("original") = "", py::arg("dtype") = "auto",
       py::arg("max_shard_size") = 5'000'000'000, py::arg("jobs") = 0, py::arg("overwrite") = false,
+      py::arg("force") = false, py::arg("resume") = false, py::arg("backup") = false,
       py::call_guard<py::gil_scoped_release>(),
       "Folds (adapter folder, weight) pairs into the files of a model, piece by piece.");
   py::class_<VerifiedTensor>(m, "VerifiedTensor",
@@ -69,15 +77,35 @@ void bind_merge(py::module_& m) {
       "verify_files",
       [](const std::filesystem::path& model, const Adapters& adapters,
          const std::filesystem::path& merged) {
-        return verify_files(options_of(model, adapters, merged, "auto", 1, 0, false));
+        return verify_files(options_of(model, adapters, merged));
       },
       py::arg("model"), py::arg("adapters"), py::arg("merged"),
       py::call_guard<py::gil_scoped_release>(),
       "Compares a merged model with what the model and the adapters make.");
+  py::class_<UnmergeFilesReport>(m, "UnmergeFilesReport", "What unmerge_files did.")
+      .def_readonly("source", &UnmergeFilesReport::from)
+      .def_readonly("restored", &UnmergeFilesReport::restored)
+      .def_readonly("warnings", &UnmergeFilesReport::warnings)
+      .def_readonly("error", &UnmergeFilesReport::error);
+  m.def(
+      "unmerge_files",
+      [](const std::filesystem::path& model, const Adapters& adapters,
+         const std::filesystem::path& base, const std::filesystem::path& out,
+         uint64_t max_shard_size, int jobs, bool overwrite) {
+        UnmergeFilesOptions options{.model = model, .base = base, .out = out};
+        for (const auto& [path, weight] : adapters) options.adapters.push_back({path, weight});
+        options.max_shard_size = max_shard_size;
+        options.jobs = jobs;
+        options.overwrite = overwrite;
+        return unmerge_files(options);
+      },
+      py::arg("model"), py::arg("adapters"), py::arg("base"), py::arg("out"),
+      py::arg("max_shard_size") = 5'000'000'000, py::arg("jobs") = 0, py::arg("overwrite") = false,
+      py::call_guard<py::gil_scoped_release>(), "Writes a model as it was before a merge.");
   m.def(
       "why_not_streamed",
       [](const std::filesystem::path& model, const Adapters& adapters) {
-        return why_not_streamed(options_of(model, adapters, "", "auto", 1, 0, false));
+        return why_not_streamed(options_of(model, adapters, ""));
       },
       py::arg("model"), py::arg("adapters"),
       "Why these cannot be merged piece by piece; None when they can.");

@@ -185,6 +185,18 @@ void bind_models(py::module_& m) {
       "quantize_method: 'rtn', or 'hqq' for int4 and affine8.\n"
       "A folder that is quantised already keeps its codes.");
   m.def(
+      "base_fingerprint",
+      [](const std::vector<
+          std::tuple<std::string, std::vector<at::Tensor>, int64_t, int64_t, int64_t>>& weights) {
+        budwood::BaseFingerprint base;
+        for (const auto& [path, parts, format, out, in] : weights)
+          base.weights.push_back(budwood::sample_weight(
+              path, budwood::quant::Weight::from_parts(parts, format, out, in)));
+        return base.to_json();
+      },
+      py::arg("weights"),
+      "What an adapter remembers of (path, parts, format, out, in) of the weights it changes.");
+  m.def(
       "base_weights",
       [](CausalLM& model) {
         py::list all;

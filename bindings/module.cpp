@@ -16,6 +16,7 @@ void bind_mirror(py::module_& m);
 void bind_merge(py::module_& m);
 void bind_extract(py::module_& m);
 void bind_combine(py::module_& m);
+void bind_convert(py::module_& m);
 void bind_train(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_quant(py::module_& m);
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
   bind_merge(m);
   bind_extract(m);
   bind_combine(m);
+  bind_convert(m);
   bind_inject(m);
   bind_train(m);
   bind_ops(m);

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <budwood/peft/adapterhub.h>
+#include <budwood/peft/base_weights.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/inject_matched.h>
 #include <budwood/peft/io/file.h>
@@ -188,6 +189,25 @@ void set_adapter_tensors(torch::nn::Module& model, const NamedTensors& tensors,
   fill(all, tensors, take_tables(model, name, tensors), source);
 }
 
+namespace {
+
+// Of the weights that an adapter changes.
+BaseFingerprint base_of(torch::nn::Module& model, const std::string& name) {
+  BaseFingerprint base;
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    auto* slot = dynamic_cast<Slot*>(item.value().get());
+    if (!slot || !slot->adapter(name) || !slot->merged().empty()) continue;
+    const auto path = slot->file_path(item.key());
+    if (const auto* linear = dynamic_cast<const LinearSlotImpl*>(slot))
+      base.weights.push_back(sample_weight(path, linear->weight()));
+    else if (const auto* table = dynamic_cast<const EmbeddingSlotImpl*>(slot))
+      base.weights.push_back(sample_weight(path, table->weight()));
+  }
+  return base;
+}
+
+}  // namespace
+
 void save_adapter(torch::nn::Module& model, const std::string& folder, const std::string& name) {
   NamedTensors tensors = adapter_tensors(model, name);
   for (const auto& [key, tensor] : tensors)
@@ -198,7 +218,10 @@ void save_adapter(torch::nn::Module& model, const std::string& folder, const std
   config->inference_mode = true;  // as HF PEFT saves it
   io::AtomicFolder out(folder, io::Existing::keep_others);
   io::write_file(out.path() / "adapter_config.json", config->to_json());
-  write_tensors(out.path() / kWeights, tensors);
+  io::Metadata metadata = {{"format", "pt"}};
+  const auto base = base_of(model, name);
+  if (!base.weights.empty()) metadata[kBaseKey] = base.to_json();
+  write_tensors(out.path() / kWeights, tensors, metadata);
   out.commit();
 }
 

@@ -8,7 +8,8 @@
 #include <string>
 
 /// Folders of AdapterHub's library `adapters` (1.3): adapter_config.json beside adapter.safetensors
-/// or pytorch_adapter.bin. Bottleneck, parallel and Compacter adapters, prefix and prompt tuning.
+/// or pytorch_adapter.bin. Bottleneck, parallel and Compacter adapters, prefix and prompt tuning;
+/// LoRA is read and written by convert.h.
 namespace budwood {
 
 /// Whether a folder's adapter_config.json is AdapterHub's.

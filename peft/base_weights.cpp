@@ -33,4 +33,16 @@ std::vector<BaseWeights> base_weights(torch::nn::Module& model) {
   return result;
 }
 
+WeightSample sample_weight(const std::string& path, const quant::Weight& weight) {
+  const at::NoGradGuard no_grad;
+  WeightSample sample{.path = path, .out = weight.out, .in = weight.in};
+  sample.packed = weight.packed();
+  sample.form = sample.packed ? quant::form_of(weight.format).name() : dtype_text(weight.dtype());
+  size_t i = 0;
+  for (const auto& [row, column] : sampled_places(path, weight.out, weight.in))
+    sample.values[i++] =
+        weight.rows(row, row + 1, at::kFloat).select(1, column).to(at::kCPU).item<float>();
+  return sample;
+}
+
 }  // namespace budwood

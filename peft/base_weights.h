@@ -2,6 +2,8 @@
 
 #include <torch/nn/module.h>
 
+#include <budwood/peft/base_fingerprint.h>
+#include <budwood/quant/weight.h>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -18,5 +20,8 @@ struct BaseWeights {
 
 /// What the weights in a model's slots are, the largest share first.
 std::vector<BaseWeights> base_weights(torch::nn::Module& model);
+
+/// The numbers of a weight that an adapter on it remembers; `path` is that of its module.
+WeightSample sample_weight(const std::string& path, const quant::Weight& weight);
 
 }  // namespace budwood

@@ -112,8 +112,9 @@ ExtractReport extract(const ExtractOptions& options) {
   const auto base = io::ModelFiles::open(options.base, io::Access::headers);
   const auto tuned = io::ModelFiles::open(options.tuned, io::Access::headers);
   check_names(base, tuned);
-  const BaseLayout layout(options.base, base);
-  if (layout.quantised())
+  const PlainBase described(options.base);
+  const BaseLayout layout(described);
+  if (!quantization_of(described.config()).empty())
     throw Error("extract", options.base.string() + " is quantised: its plain weights are wanted");
 
   ExtractReport report;

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <budwood/peft/base_fingerprint.h>
 #include <budwood/peft/config.h>
 #include <budwood/peft/inspect.h>
 #include <budwood/peft/io/gguf.h>
@@ -162,14 +163,23 @@ Ordered inspect_adapter(const fs::path& folder) {
     module["norms"] = entry["norms"];
     list.push_back(std::move(module));
   }
+  auto metadata = file.metadata();
+  Ordered base;  // what the adapter remembers of it
+  if (const auto it = metadata.find(kBaseKey); it != metadata.end()) {
+    const auto remembered = BaseFingerprint::from_json(it->second);
+    base = fmt::format("{} ({} {} weights)", remembered.digest(), remembered.weights.size(),
+                       remembered.weights.empty() ? "" : remembered.weights[0].form);
+    metadata.erase(it);
+  }
   return {{"kind", "adapter"},
           {"path", folder.string()},
           {"method", config->peft_type},
+          {"base", base},
           {"parameters", parameters},
           {"types", types},
           {"config", Ordered::parse(config->to_json())},
           {"warnings", config->warnings},
-          {"metadata", file.metadata()},
+          {"metadata", metadata},
           {"modules", std::move(list)},
           {"tensors", std::move(tensors)}};
 }

@@ -68,10 +68,13 @@ std::vector<std::vector<TensorSpec>> plan_shards(const std::vector<TensorSpec>& 
 /// path of an AtomicFolder.
 class ShardedWriter {
  public:
+  /// `present`: shards that are in the folder already, by their names; throws when one of them
+  /// does not hold what would be written into it.
   ShardedWriter(std::filesystem::path folder, const std::vector<TensorSpec>& tensors,
-                uint64_t max_shard_bytes = 5'000'000'000, Metadata metadata = {{"format", "pt"}});
+                uint64_t max_shard_bytes = 5'000'000'000, Metadata metadata = {{"format", "pt"}},
+                const std::vector<std::string>& present = {});
 
-  /// The order in which the data is to be written, shard after shard.
+  /// The order in which the data is to be written, shard after shard, without present ones.
   const std::vector<TensorSpec>& order() const { return order_; }
   /// The next bytes of the tensor whose turn it is: all of them, or piece by piece.
   void write(std::string_view name, const void* data, size_t bytes);
@@ -79,15 +82,19 @@ class ShardedWriter {
   void commit();
   /// File names of the shards.
   const std::vector<std::string>& names() const { return names_; }
+  /// Those of them that are whole.
+  std::vector<std::string> finished() const;
 
  private:
+  void check_present(size_t shard) const;
   void open_next();
   std::filesystem::path folder_;
   Metadata metadata_;
   std::vector<std::vector<TensorSpec>> shards_;
   std::vector<std::string> names_;
   std::vector<TensorSpec> order_;
-  std::unique_ptr<SafetensorsWriter> writer_;
+  std::vector<bool> finished_;
+  std::unique_ptr<SafetensorsWriter> writer_;  // null when no shard is left
   size_t shard_ = 0;
 };
 

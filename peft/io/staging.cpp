@@ -132,6 +132,24 @@ void remove_stale(const fs::path& target) {
   }
 }
 
+bool take_stale_folder(const fs::path& target, const std::string& holds, const fs::path& to) {
+  std::error_code ignored;
+  const std::string prefix = fmt::format(".{}{}", target.filename().string(), kTmp);
+  for (fs::directory_iterator it(parent_of(target), ignored), end; !ignored && it != end;
+       it.increment(ignored)) {
+    const std::string name = it->path().filename().string();
+    if (!name.starts_with(prefix) || !fs::exists(it->path() / holds, ignored)) continue;
+    const auto owner = parse_owner(std::string_view(name).substr(prefix.size()));
+    if (!owner) continue;
+    const int fd = ::open(it->path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0) continue;
+    const bool taken = lock_is_free(fd, *owner) && ::rename(it->path().c_str(), to.c_str()) == 0;
+    ::close(fd);
+    if (taken) return true;
+  }
+  return false;
+}
+
 void sync_path(const fs::path& path, std::string_view where) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
   if (fd < 0) fail_errno(where, "open", path, errno);

@@ -24,6 +24,11 @@ Staged stage(const std::filesystem::path& target, StagedKind kind, std::string_v
 /// left no folder at the target but the old one under a hidden name, puts that back.
 void remove_stale(const std::filesystem::path& target);
 
+/// Moves a hidden sibling folder of target whose writer is gone, and that holds a file of this
+/// name, to another path; false when there is none.
+bool take_stale_folder(const std::filesystem::path& target, const std::string& holds,
+                       const std::filesystem::path& to);
+
 /// Whether a file name is one that stage() makes.
 bool is_staged_name(std::string_view name);
 

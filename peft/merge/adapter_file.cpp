@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 namespace budwood {
@@ -50,7 +51,46 @@ class FileModule final : public ModuleTensors {
   std::string path_;
 };
 
+AdapterConverter& converter() {
+  static AdapterConverter one;
+  return one;
+}
+
+/// A folder that goes with it.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    auto name = (fs::temp_directory_path() / "budwood-XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr)
+      throw Error("merge",
+                  "no temporary folder can be made in " + fs::temp_directory_path().string());
+    path_ = name;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    fs::remove_all(path_, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
 }  // namespace
+
+bool register_adapter_converter(AdapterConverter one) {
+  converter() = std::move(one);
+  return true;
+}
+
+bool is_peft_folder(const fs::path& path) {
+  const auto config = path / "adapter_config.json";
+  return fs::is_directory(path) && fs::exists(path / "adapter_model.safetensors") &&
+         fs::exists(config) &&
+         config_kind(io::read_file(config), config.string()) == ConfigKind::peft;
+}
 
 FloatArray float_array(const io::TensorInfo& tensor) {
   FloatArray array{tensor.shape, {}};
@@ -79,7 +119,15 @@ FloatArray float_array(const io::TensorInfo& tensor) {
   return array;
 }
 
-AdapterFile AdapterFile::open(const fs::path& folder) {
+AdapterFile AdapterFile::open(const fs::path& folder, const fs::path& model) {
+  if (!model.empty() && !is_peft_folder(folder) && converter()) {
+    const TemporaryFolder other;
+    if (converter()(folder, model, other.path() / "adapter")) {
+      auto adapter = open(other.path() / "adapter");
+      adapter.folder_ = folder;
+      return adapter;
+    }
+  }
   const std::shared_ptr<const AdapterConfig> config = load_adapter_config(folder);
   const auto* method = find_fold(config->peft_type);
   if (method == nullptr)

@@ -1,6 +1,4 @@
-#include <budwood/peft/io/text.h>
 #include <budwood/peft/merge/base_layout.h>
-#include <budwood/quant/error.h>
 
 #include <algorithm>
 #include <array>
@@ -31,38 +29,35 @@ bool is_one_of(std::string_view name, const std::string_view* begin, const std::
 
 }  // namespace
 
-BaseLayout::BaseLayout(const std::filesystem::path& folder, const io::ModelFiles& files)
-    : files_(files) {
-  if (!std::filesystem::exists(folder / "config.json")) return;
-  config_ = io::read_file(io::file_in_folder(folder, "config.json"), 64 << 20);
-  const auto json = io::parse_json(config_, (folder / "config.json").string());
-  if (!json.is_object())
-    throw Error("config.json", (folder / "config.json").string() + " is no JSON object");
+BaseLayout::BaseLayout(const MergeBase& base) : base_(base) {
+  if (base.config().empty()) return;
+  const auto json = nlohmann::json::parse(base.config());
   if (json.contains("model_type") && json["model_type"].is_string())
     model_type_ = json["model_type"].get<std::string>();
-  quantised_ = json.contains("quantization_config") && !json["quantization_config"].is_null();
   if (json.contains("architectures") && json["architectures"].is_array())
     for (const auto& name : json["architectures"]) {
       const auto text = name.is_string() ? name.get<std::string>() : "";
       causal_ |= text.ends_with("ForCausalLM") || text.ends_with("LMHeadModel");
     }
-  if (!causal_ || files.find("lm_head.weight") || files.find("embed_out.weight")) return;
-  for (const auto* tensor : files.tensors()) {
-    if (!tensor->name.ends_with(".weight")) continue;
-    const auto name = last_of(tensor->name.substr(0, tensor->name.size() - 7));
-    if (is_one_of(name, kTables.data(), kTables.data() + kWordTables)) {
+  if (!causal_ || base.find("lm_head.weight") || base.find("embed_out.weight")) return;
+  for (const auto* tensor : base.tensors())
+    if (is_word_table(tensor->name)) {
       tied_ = tensor;
       return;
     }
-  }
+}
+
+bool BaseLayout::is_word_table(const std::string& name) const {
+  return name.ends_with(".weight") && is_one_of(last_of(name.substr(0, name.size() - 7)),
+                                                kTables.data(), kTables.data() + kWordTables);
 }
 
 const io::TensorInfo* BaseLayout::find(const std::string& name) const {
-  if (const auto* tensor = files_.find(name)) return tensor;
+  if (const auto* tensor = base_.find(name)) return tensor;
   for (const auto body : kBodies) {
     if (name.starts_with(body))
-      if (const auto* tensor = files_.find(name.substr(body.size()))) return tensor;
-    if (const auto* tensor = files_.find(std::string(body) + name)) return tensor;
+      if (const auto* tensor = base_.find(name.substr(body.size()))) return tensor;
+    if (const auto* tensor = base_.find(std::string(body) + name)) return tensor;
   }
   return nullptr;
 }
@@ -76,7 +71,7 @@ bool BaseLayout::stores_transposed(const std::string& module) const {
 
 std::vector<ModuleInfo> BaseLayout::modules() const {
   std::vector<ModuleInfo> modules;
-  for (const auto* tensor : files_.tensors()) {
+  for (const auto* tensor : base_.tensors()) {
     if (tensor->shape.size() != 2 || !tensor->name.ends_with(".weight")) continue;
     ModuleInfo module{.path = tensor->name.substr(0, tensor->name.size() - 7)};
     const auto last = last_of(module.path);

@@ -1,12 +1,16 @@
 #include <budwood/peft/io/text.h>
 #include <budwood/peft/merge.h>
+#include <budwood/peft/merge/backup.h>
+#include <budwood/peft/merge/merge_progress.h>
+#include <budwood/peft/merge/merge_target.h>
 #include <budwood/peft/merge/ordered_run.h>
-#include <budwood/peft/merge/output_rows.h>
 #include <budwood/quant/error.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -15,120 +19,101 @@ namespace budwood {
 namespace {
 
 namespace fs = std::filesystem;
-constexpr uint64_t kLargestCarried = 256 << 20;
+// The part of a change that is left, below which a merge warns, and below which it refuses.
+constexpr double kWarnedSurvival = 0.9, kLeastSurvival = 0.5;
 
-struct Piece {
-  std::vector<std::byte> bytes;
-  kernels::FoldSums sums;
-};
-
-Piece make_piece(OutputRows& output, int64_t panel) {
-  if (output.is_copy()) return {output.copied(panel), {}};
-  thread_local OutputRows::Values values;
-  thread_local std::vector<double> written;
-  output.make(panel, values);
-  Piece piece{output.rounded(values.after, panel), {}};
-  output.widen(piece.bytes, written);
-  piece.sums = sums_of(values, written);
-  return piece;
-}
-
-MergedTensor figures(const std::string& name, const kernels::FoldSums& sums) {
+MergedTensor figures(const std::string& name, const MergePiece& whole, bool has_trained) {
+  const auto& sums = whole.sums;
   MergedTensor merged{
       .name = name, .weight_norm = std::sqrt(sums.weight), .delta_norm = std::sqrt(sums.delta)};
   if (sums.delta > 0) {
     merged.survival = sums.left / sums.delta;
     merged.error = std::sqrt(sums.error / sums.delta);
+    if (has_trained) merged.distance = std::sqrt(whole.distance / sums.delta);
   }
   return merged;
 }
 
-void write_weights(const MergePlan& plan, const MergeFilesOptions& options, const fs::path& folder,
-                   MergeFilesReport& report) {
-  std::vector<io::TensorSpec> specs;
-  std::map<std::string, const MergeOutput*> by_name;
-  for (const auto& output : plan.outputs) {
-    specs.push_back(output.spec);
-    by_name[output.spec.name] = &output;
-    report.bytes += output.spec.bytes();
-  }
-  io::ShardedWriter writer(folder, specs, options.max_shard_size);
-  std::vector<std::unique_ptr<OutputRows>> outputs;
-  std::vector<std::pair<size_t, int64_t>> pieces;  // output, panel
-  for (const auto& spec : writer.order()) {
-    outputs.push_back(std::make_unique<OutputRows>(plan, *by_name.at(spec.name)));
-    for (int64_t i = 0; i < outputs.back()->panels(); ++i)
-      pieces.emplace_back(outputs.size() - 1, i);
-  }
-  kernels::FoldSums sums;
+void write_weights(const MergePlan& plan, const MergeFilesOptions& options, MergeTarget& target,
+                   MergeFilesReport& report, const std::function<void()>& after_item) {
+  std::vector<std::pair<size_t, int64_t>> pieces;  // item, piece
+  for (size_t item = 0; item < target.items().size(); ++item)
+    for (int64_t i = 0; i < target.items()[item]->pieces(); ++i) pieces.emplace_back(item, i);
+  MergePiece whole;
   const int jobs = options.jobs > 0
                        ? options.jobs
                        : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  run_in_order<Piece>(
+  run_in_order<MergePiece>(
       static_cast<int64_t>(pieces.size()), jobs,
       [&](int64_t i) {
-        const auto& [output, panel] = pieces[static_cast<size_t>(i)];
-        return make_piece(*outputs[output], panel);
+        const auto& [item, piece] = pieces[static_cast<size_t>(i)];
+        return target.items()[item]->make(piece);
       },
-      [&](int64_t i, Piece piece) {
-        const auto& [output, panel] = pieces[static_cast<size_t>(i)];
-        const auto& spec = writer.order()[output];
-        writer.write(spec.name, piece.bytes.data(), piece.bytes.size());
-        sums.add(piece.sums);
-        if (panel + 1 < outputs[output]->panels()) return;
-        outputs[output]->done();
-        const auto& planned = *by_name.at(spec.name);
-        if (!planned.edits.empty()) report.merged.push_back(figures(spec.name, sums));
-        if (planned.whole != nullptr) report.replaced.push_back(spec.name);
-        sums = {};
+      [&](int64_t i, MergePiece piece) {
+        const auto& [number, part] = pieces[static_cast<size_t>(i)];
+        auto& item = *target.items()[number];
+        target.write(number, piece.bytes);
+        whole.sums.add(piece.sums);
+        whole.distance += piece.distance;
+        if (part + 1 < item.pieces()) return;
+        item.done();
+        const auto& output = item.output();
+        if (!output.edits.empty() && item.counts())
+          report.merged.push_back(figures(output.spec.name, whole, plan.trained != nullptr));
+        if (output.whole != nullptr && item.counts()) report.replaced.push_back(output.spec.name);
+        whole = {};
+        after_item();
       });
-  writer.commit();
-  report.files = writer.names();
+  report.files = target.files();
+  report.bytes = target.bytes();
+}
+
+void judge(const MergeFilesOptions& options, MergeFilesReport& report) {
+  std::vector<std::string> lost;
+  for (const auto& tensor : report.merged) {
+    if (tensor.survival >= kWarnedSurvival) continue;
+    const auto text =
+        fmt::format("{}: {:.1f} % of the change survives", tensor.name, 100 * tensor.survival);
+    report.warnings.push_back(text);
+    if (tensor.survival < kLeastSurvival) lost.push_back(text);
+  }
+  if (lost.empty() || options.force) return;
+  const size_t shown = std::min<size_t>(lost.size(), 8);
+  const std::vector<std::string> first(lost.begin(), lost.begin() + static_cast<int64_t>(shown));
+  throw Error("merge_files",
+              fmt::format("rounding would undo more than half of the adapter in {} of {} weights, "
+                          "and nothing was written:\n  {}{}\n{}, or force it",
+                          lost.size(), report.merged.size(), fmt::join(first, "\n  "),
+                          lost.size() > shown ? "\n  ..." : "",
+                          options.into == "requantised" ? "Merge into dequantised weights"
+                                                        : "Choose a dtype with more digits"));
 }
 
 // config.json with what the merge changed in it; otherwise byte for byte.
-std::string new_config(const MergePlan& plan, const MergeFilesOptions& options) {
-  if (!plan.unties && options.dtype == "auto") return plan.layout.config();
-  auto json = nlohmann::ordered_json::parse(plan.layout.config());
+std::string new_config(const MergePlan& plan, const MergeFilesOptions& options,
+                       const std::string& quantization) {
+  const auto& text = plan.base->config();
+  const auto before = quantization_of(text);
+  if (!plan.unties && options.dtype == "auto" && before == quantization && plan.vocabulary == 0)
+    return text;
+  auto json = nlohmann::ordered_json::parse(text);
   if (plan.unties) json["tie_word_embeddings"] = false;
+  if (plan.vocabulary > 0) json["vocab_size"] = plan.vocabulary;
+  if (before != quantization) json.erase("quantization_config");
+  if (before != quantization && !quantization.empty())
+    json["quantization_config"] = nlohmann::ordered_json::parse(quantization);
   if (options.dtype != "auto")
     json[json.contains("torch_dtype") ? "torch_dtype" : "dtype"] = options.dtype;
   return json.dump(2) + "\n";
 }
 
-// Tokeniser, templates, code and licences.
-void carry_others(const fs::path& from, const fs::path& folder) {
-  for (const auto& entry : fs::directory_iterator(from)) {
-    const auto name = entry.path().filename().string();
-    const bool weights = name.ends_with(".safetensors") || name.ends_with(".bin") ||
-                         name.ends_with(".gguf") || name.ends_with(".index.json") ||
-                         name.ends_with(".pt") || name.ends_with(".pth") || name.ends_with(".h5") ||
-                         name.ends_with(".msgpack");
-    if (weights || name.starts_with('.') || name == "config.json" || name == "merge_report.json" ||
-        fs::is_directory(entry.path()))
-      continue;
-    io::write_file(folder / name, io::read_file(io::file_in_folder(from, name), kLargestCarried));
-  }
-}
-
 }  // namespace
 
 std::optional<std::string> why_not_streamed(const MergeFilesOptions& options) {
-  if (!fs::is_directory(options.model)) return options.model.string() + " is no folder";
-  const auto config = options.model / "config.json";
-  if (fs::exists(config)) {
-    const auto json = nlohmann::json::parse(io::read_file(config), nullptr, false);
-    if (json.is_object() && json.contains("quantization_config") &&
-        !json["quantization_config"].is_null())
-      return options.model.string() + " is quantised";
-  }
   for (const auto& source : options.adapters) {
-    const auto path = source.path / "adapter_config.json";
-    if (!fs::exists(path)) continue;
-    if (config_kind(io::read_file(path), path.string()) != ConfigKind::peft)
-      return source.path.string() + " is not of HF PEFT's layout";
-    if (!fs::exists(source.path / "adapter_model.safetensors"))
+    if (fs::exists(source.path / "adapter_model.bin") && !is_peft_folder(source.path))
       return source.path.string() + " has no adapter_model.safetensors";
+    if (!is_peft_folder(source.path)) continue;
     const auto adapter = load_adapter_config(source.path);
     const auto* method = find_fold(adapter->peft_type);
     if (method == nullptr || !method->needs_model) continue;
@@ -150,7 +135,53 @@ void check_output(const MergeFilesOptions& options) {
                                              options.out.string(), read.string()));
   };
   check(options.model);
+  if (!options.original.empty()) check(options.original);
   for (const auto& source : options.adapters) check(source.path);
+}
+
+MergeFilesReport merge_into_folder(const MergeFilesOptions& options) {
+  const MergePlan plan(options);
+  MergeFilesReport report;
+  report.warnings = plan.warnings;
+  MergeProgress progress(options);
+  if (options.resume) progress.find();
+  io::AtomicFolder out(options.out,
+                       options.overwrite ? io::Existing::replace : io::Existing::refuse);
+  const auto present = progress.take_over(out.path(), report);
+  plan.base->carry_over(out.path());
+  const auto lost = plan.base->warnings();
+  report.warnings.insert(report.warnings.end(), lost.begin(), lost.end());
+  const auto target =
+      open_merge_target(options.into == "requantised" ? "requantised" : "folder", plan, options,
+                        {out.path(), options.max_shard_size, present});
+  write_weights(plan, options, *target, report,
+                [&] { progress.save(out.path(), target->finished(), report); });
+  judge(options, report);
+  target->commit();
+  if (!plan.base->config().empty())
+    io::write_file(out.path() / "config.json", new_config(plan, options, target->quantization()));
+  if (options.backup) write_backup(plan, out.path());
+  io::write_file(out.path() / "merge_report.json", report.to_json(options));
+  progress.finish(out.path());
+  out.commit();
+  return report;
+}
+
+MergeFilesReport merge_into_file(const MergeFilesOptions& options) {
+  if (options.backup) throw Error("merge_files", "a backup goes into a folder, not a GGUF file");
+  if (fs::exists(options.out) && !options.overwrite)
+    throw Error("merge_files", fmt::format("'{}' exists already", options.out.string()));
+  const MergePlan plan(options);
+  MergeFilesReport report;
+  const auto target = open_merge_target("gguf", plan, options, {.path = options.out});
+  report.warnings = plan.warnings;
+  const auto more = target->warnings();
+  report.warnings.insert(report.warnings.end(), more.begin(), more.end());
+  write_weights(plan, options, *target, report, [] {});
+  judge(options, report);
+  target->commit();
+  io::write_file(options.out.string() + ".merge_report.json", report.to_json(options));
+  return report;
 }
 
 }  // namespace
@@ -161,18 +192,7 @@ MergeFilesReport merge_files(const MergeFilesOptions& options) {
     throw Error("merge_files", "max_shard_size is a positive number of bytes");
   if (const auto why = why_not_streamed(options))
     throw Error("merge_files", *why + ": it is merged with the model in memory");
-  const MergePlan plan(options);
-  MergeFilesReport report;
-  report.warnings = plan.warnings;
-  io::AtomicFolder out(options.out,
-                       options.overwrite ? io::Existing::replace : io::Existing::refuse);
-  write_weights(plan, options, out.path(), report);
-  carry_others(options.model, out.path());
-  if (!plan.layout.config().empty())
-    io::write_file(out.path() / "config.json", new_config(plan, options));
-  io::write_file(out.path() / "merge_report.json", report.to_json(options));
-  out.commit();
-  return report;
+  return options.out.extension() == ".gguf" ? merge_into_file(options) : merge_into_folder(options);
 }
 
 std::string MergeFilesReport::to_json(const MergeFilesOptions& options) const {
@@ -182,14 +202,18 @@ std::string MergeFilesReport::to_json(const MergeFilesOptions& options) const {
   json["adapters"] = nlohmann::ordered_json::array();
   for (const auto& source : options.adapters)
     json["adapters"].push_back({{"path", source.path.string()}, {"weight", source.weight}});
+  json["into"] = options.into;
+  if (!options.original.empty()) json["original"] = options.original.string();
   json["dtype"] = options.dtype;
   json["merged"] = nlohmann::ordered_json::array();
-  for (const auto& tensor : merged)
+  for (const auto& tensor : merged) {
     json["merged"].push_back({{"name", tensor.name},
                               {"weight_norm", tensor.weight_norm},
                               {"delta_norm", tensor.delta_norm},
                               {"survival", tensor.survival},
                               {"error", tensor.error}});
+    if (tensor.distance) json["merged"].back()["distance"] = *tensor.distance;
+  }
   json["replaced"] = replaced;
   json["warnings"] = warnings;
   return json.dump(2) + "\n";

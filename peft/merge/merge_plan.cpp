@@ -6,40 +6,68 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 #include <set>
 
 namespace budwood {
 namespace {
 
 constexpr const char* kHead = "lm_head";
+// Weights of an adapter's base that are compared with the model's.
+constexpr size_t kComparedWeights = 24;
 
 bool is_float(io::Dtype dtype) {
   return dtype == io::Dtype::f32 || dtype == io::Dtype::bf16 || dtype == io::Dtype::f16;
 }
 
+// Blocks of GGUF files are made of float32.
 io::Dtype dtype_of(const std::string& name, io::Dtype own) {
   if (name == "auto" || !is_float(own)) return own;
-  if (name == "float32") return io::Dtype::f32;
+  if (name == "float32" || name.starts_with("q")) return io::Dtype::f32;
   if (name == "bfloat16") return io::Dtype::bf16;
-  if (name == "float16") return io::Dtype::f16;
-  throw Error("merge_files",
-              fmt::format("dtype is auto, float32, bfloat16 or float16, found '{}'", name));
+  return io::Dtype::f16;
+}
+
+void check_options(const MergeFilesOptions& options) {
+  const auto one_of = [](const std::string& what, const std::string& found,
+                         const std::vector<std::string>& known) {
+    if (std::find(known.begin(), known.end(), found) == known.end())
+      throw Error("merge_files",
+                  fmt::format("{} is {}, found '{}'", what, fmt::join(known, ", "), found));
+  };
+  std::vector<std::string> dtypes = {"auto", "float32", "bfloat16", "float16"};
+  if (options.out.extension() == ".gguf") dtypes.insert(dtypes.end(), {"q8_0", "q4_0", "q4_1"});
+  one_of("dtype", options.dtype, dtypes);
+  one_of("into", options.into, {"dequantised", "requantised", "original16"});
+  if ((options.into == "original16") == options.original.empty())
+    throw Error("merge_files",
+                options.original.empty()
+                    ? "into original16 needs the plain model that was quantised: original"
+                    : fmt::format("original is for into original16, found '{}'", options.into));
+  if (options.into == "requantised" && options.dtype != "auto")
+    throw Error("merge_files", fmt::format("codes that are made anew are of the model's own kind: "
+                                           "dtype is auto, found '{}'",
+                                           options.dtype));
+  if (options.adapters.empty()) throw Error("merge_files", "no adapter is given");
+}
+
+const std::filesystem::path& folded_into(const MergeFilesOptions& options) {
+  check_options(options);
+  return options.original.empty() ? options.model : options.original;
 }
 
 }  // namespace
 
 MergePlan::MergePlan(const MergeFilesOptions& options)
-    : base(io::ModelFiles::open(options.model, io::Access::headers)),
-      layout(options.model, base),
-      dtype_(options.dtype) {
-  if (options.adapters.empty()) throw Error("merge_files", "no adapter is given");
-  outputs.reserve(base.tensors().size() + 1);  // and a head
-  for (const auto* tensor : base.tensors())
+    : base(open_merge_base(folded_into(options))), layout(*base), dtype_(options.dtype) {
+  outputs.reserve(base->tensors().size() + 1);  // and a head
+  for (const auto* tensor : base->tensors())
     outputs.push_back(
         {.spec = {tensor->name, dtype_of(options.dtype, tensor->dtype), tensor->shape},
          .source = tensor});
   for (const auto& source : options.adapters)
-    adapters.push_back(std::make_unique<AdapterFile>(AdapterFile::open(source.path)));
+    adapters.push_back(
+        std::make_unique<AdapterFile>(AdapterFile::open(source.path, options.model)));
   for (size_t i = 0; i < adapters.size(); ++i) {
     const auto& config = adapters[i]->config();
     warnings.insert(warnings.end(), config.warnings.begin(), config.warnings.end());
@@ -53,7 +81,102 @@ MergePlan::MergePlan(const MergeFilesOptions& options)
                 fmt::format("{} does not fit {}:\n  {}",
                             options.adapters.size() == 1 ? "the adapter" : "an adapter",
                             options.model.string(), fmt::join(faults_, "\n  ")));
+  for (const auto& adapter : adapters) check_base(*adapter, options.force);
   keep_tied_head();
+  check_vocabulary();
+  if (!options.original.empty()) open_trained(options);
+}
+
+void MergePlan::check_vocabulary() const {
+  if (vocabulary == 0) return;
+  for (const auto& output : outputs)
+    if ((output.spec.name == std::string(kHead) + ".weight" ||
+         layout.is_word_table(output.spec.name)) &&
+        output.spec.shape[0] != vocabulary)
+      throw Error("merge_files", fmt::format("an adapter resizes the vocabulary to {} rows, and "
+                                             "nothing to {}, which has {}",
+                                             vocabulary, output.spec.name, output.spec.shape[0]));
+}
+
+// The numbers of the model where an adapter has sampled its base; no values when it has no such
+// weight.
+WeightSample MergePlan::sample_of(const WeightSample& like) {
+  WeightSample sample{.path = like.path};
+  const auto* tensor = layout.find(like.path + ".weight");
+  if (tensor == nullptr && like.path == kHead) tensor = layout.tied_table();
+  if (tensor == nullptr || tensor->shape.size() != 2) return sample;
+  sample.packed = base->packed(*tensor);
+  sample.form = sample.packed ? "packed" : io::dtype_name(tensor->dtype);
+  // A table's rows are sampled as they lie; what a module stores as [in, out] is turned.
+  const bool turned = layout.stores_transposed(like.path);
+  sample.out = tensor->shape[turned ? 1 : 0];
+  sample.in = tensor->shape[turned ? 0 : 1];
+  const auto rows = sample.packed ? base->open(*tensor) : nullptr;
+  std::vector<float> row(static_cast<size_t>(tensor->shape[1]));
+  size_t i = 0;
+  for (auto [r, c] : sampled_places(like.path, sample.out, sample.in)) {
+    if (turned) std::swap(r, c);
+    if (rows) {
+      rows->read(r, 1, row.data());
+    } else {
+      io::TensorInfo one{.name = tensor->name, .dtype = tensor->dtype, .shape = {1}};
+      std::array<std::byte, sizeof(double)> bytes{};
+      const auto width = tensor->bytes() / static_cast<uint64_t>(sample.out * sample.in);
+      base->read(*tensor, static_cast<uint64_t>(r * tensor->shape[1] + c) * width, bytes.data(),
+                 width);
+      one.end = width;
+      one.data = bytes.data();
+      row[static_cast<size_t>(c)] = float_array(one).values[0];
+    }
+    sample.values[i++] = row[static_cast<size_t>(c)];
+  }
+  return sample;
+}
+
+void MergePlan::check_base(const AdapterFile& adapter, bool force) {
+  const auto it = adapter.metadata().find(kBaseKey);
+  if (it == adapter.metadata().end()) return;
+  const auto trained = BaseFingerprint::from_json(it->second);
+  BaseFingerprint some, found;
+  const size_t step = std::max<size_t>(1, trained.weights.size() / kComparedWeights);
+  for (size_t i = 0; i < trained.weights.size(); i += step) {
+    const auto sample = sample_of(trained.weights[i]);
+    if (sample.out == 0) continue;
+    some.weights.push_back(trained.weights[i]);
+    found.weights.push_back(sample);
+  }
+  const auto compared = compare(some, found);
+  if (compared.match == BaseMatch::same) return;
+  const auto away = fmt::format("their weights are {:.2g} of their size apart", compared.distance);
+  const auto text =
+      compared.match == BaseMatch::quantised_form
+          ? fmt::format("{} was trained on a {} model, and {} holds the same weights as {}: {}",
+                        adapter.folder().string(), compared.trained_form, base->path().string(),
+                        compared.found_form, away)
+          : fmt::format("{} was trained on another model than {}: {}", adapter.folder().string(),
+                        base->path().string(), away);
+  if (compared.match == BaseMatch::different && !force)
+    throw Error("merge_files", text + ". Merge it into its own base, or force it");
+  warnings.push_back(text);
+}
+
+// The quantised model, which must be one of the same tensors.
+void MergePlan::open_trained(const MergeFilesOptions& options) {
+  trained = open_merge_base(options.model);
+  std::vector<std::string> others;
+  bool packed = false;
+  for (const auto* tensor : trained->tensors()) {
+    packed |= trained->packed(*tensor);
+    const auto* own = base->find(tensor->name);
+    if (own == nullptr || own->shape != tensor->shape) others.push_back(tensor->name);
+  }
+  if (!packed)
+    throw Error("merge_files", options.model.string() + " is not quantised: merge into it");
+  if (!others.empty())
+    throw Error(
+        "merge_files",
+        fmt::format("{} is not what {} was made of; these tensors differ: {}",
+                    options.original.string(), options.model.string(), fmt::join(others, ", ")));
 }
 
 // The output of a tensor that an adapter names, null when there is none; that of the head of a tied
@@ -88,6 +211,10 @@ void MergePlan::add(const AdapterFile& adapter, double weight) {
       continue;
     }
     output.transposed = is_table || layout.stores_transposed(module);
+    if (output.transposed && !is_table && base->packed(*output.source)) {
+      faults_.push_back(fmt::format("{} is packed, and stored as [in, out]", output.spec.name));
+      continue;
+    }
     const auto term = adapter.term(module);
     const int64_t in = output.spec.shape[output.transposed ? 0 : 1];
     const int64_t out = output.spec.shape[output.transposed ? 1 : 0];
@@ -129,6 +256,10 @@ void MergePlan::add_whole(const AdapterFile& adapter, double weight) {
       continue;
     }
     auto& output = *found;
+    if (is_resized(output, *tensor)) {
+      output.spec.shape = tensor->shape;
+      vocabulary = tensor->shape[0];
+    }
     if (tensor->shape != output.spec.shape)
       faults_.push_back(fmt::format("{} is {}, the model's is {}", name,
                                     io::shape_text(tensor->shape),
@@ -139,6 +270,16 @@ void MergePlan::add_whole(const AdapterFile& adapter, double weight) {
     if (output.whole != nullptr) faults_.push_back(fmt::format("two adapters hold {} whole", name));
     output.whole = tensor;
   }
+}
+
+// A token table, or the head over it, for a vocabulary of another size.
+bool MergePlan::is_resized(const MergeOutput& output, const io::TensorInfo& tensor) const {
+  const auto& shape = output.spec.shape;
+  if (tensor.shape.size() != 2 || shape.size() != 2 || tensor.shape[1] != shape[1] ||
+      tensor.shape[0] == shape[0])
+    return false;
+  const auto& name = output.spec.name;
+  return name == std::string(kHead) + ".weight" || layout.is_word_table(name);
 }
 
 void MergePlan::add_token_rows(const AdapterFile& adapter) {
@@ -197,11 +338,18 @@ void MergePlan::keep_tied_head() {
   };
   const auto changed = of(table->name);
   const auto rows = changed->rows;
-  if (of(name) == outputs.end()) {
+  const auto head = of(name);
+  if (head == outputs.end()) {
     if (changed->edits.empty() && changed->whole == nullptr) return;
     unties = true;
     outputs.push_back(
         {.spec = {name, dtype_of(dtype_, table->dtype), table->shape}, .source = table});
+  } else if (const auto* a = head->whole, *b = changed->whole;
+             a && b && head->edits.empty() && changed->edits.empty() && a->dtype == b->dtype &&
+             a->shape == b->shape && std::equal(a->data, a->data + a->bytes(), b->data)) {
+    outputs.erase(head);  // both were saved, and they are one
+    unties = false;
+    return;
   }
   of(name)->rows = rows;
 }

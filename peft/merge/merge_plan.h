@@ -1,9 +1,10 @@
 #pragma once
 
-#include <budwood/peft/io/hf_index.h>
+#include <budwood/peft/base_fingerprint.h>
 #include <budwood/peft/merge.h>
 #include <budwood/peft/merge/adapter_file.h>
 #include <budwood/peft/merge/base_layout.h>
+#include <budwood/peft/merge/merge_base.h>
 
 #include <memory>
 #include <string>
@@ -27,6 +28,7 @@ struct MergeOutput {
   bool transposed = false;                 ///< the edits' matrix is stored as [in, out]
   bool bias = false;                       ///< the edits are those of the module's bias
   bool alone = false;                      ///< one of the edits sets norms, and suffers no other
+  bool changed() const { return whole != nullptr || !edits.empty() || !rows.empty(); }
   /// New rows of a table: their ids, and the tensor of an adapter that holds them.
   std::vector<std::pair<std::vector<int64_t>, const io::TensorInfo*>> rows;
 };
@@ -35,12 +37,15 @@ struct MergeOutput {
 struct MergePlan {
   explicit MergePlan(const MergeFilesOptions& options);
 
-  io::ModelFiles base;
+  std::unique_ptr<MergeBase> base;
+  /// What an adapter was trained on, when it is folded into the model that was quantised.
+  std::unique_ptr<MergeBase> trained;
   BaseLayout layout;
   std::vector<std::unique_ptr<AdapterFile>> adapters;
   std::vector<MergeOutput> outputs;
   std::vector<std::string> warnings;
-  bool unties = false;  ///< the head of a tied model gets a tensor of its own
+  bool unties = false;     ///< the head of a tied model gets a tensor of its own
+  int64_t vocabulary = 0;  ///< rows of the token table, when an adapter brings others; else 0
 
  private:
   MergeOutput* output_of(const std::string& name);
@@ -48,7 +53,12 @@ struct MergePlan {
   void add_whole(const AdapterFile& adapter, double weight);
   void add_token_rows(const AdapterFile& adapter);
   void check_targets(const AdapterFile& adapter);
+  void check_base(const AdapterFile& adapter, bool force);
+  WeightSample sample_of(const WeightSample& like);
   void keep_tied_head();
+  void check_vocabulary() const;
+  bool is_resized(const MergeOutput& output, const io::TensorInfo& tensor) const;
+  void open_trained(const MergeFilesOptions& options);
   std::string dtype_;  // as asked for
   std::vector<std::string> faults_;
 };

@@ -38,8 +38,8 @@ kernels::FoldSums sums_of(const OutputRows::Values& values, const std::vector<do
                           static_cast<int64_t>(written.size()));
 }
 
-OutputRows::OutputRows(const MergePlan& plan, const MergeOutput& output)
-    : plan_(plan), output_(output) {
+OutputRows::OutputRows(const MergePlan& plan, const MergeOutput& output, bool whole_rows)
+    : plan_(plan), output_(output), whole_rows_(whole_rows) {
   const auto& shape = output.spec.shape;
   const auto count = static_cast<int64_t>(*io::element_count(shape));
   if (is_copy()) {  // bytes
@@ -48,15 +48,25 @@ OutputRows::OutputRows(const MergePlan& plan, const MergeOutput& output)
     step_ = kCopiedBytes;
     return;
   }
-  const bool flat = output.edits.empty() && output.rows.empty();
-  // A vector that is changed is one row.
+  const bool is_packed = output.whole == nullptr && plan.base->packed(*output.source);
+  const bool flat = output.edits.empty() && output.rows.empty() && !is_packed && !whole_rows;
+  // A vector that is changed or packed is one row.
   rows_ = count == 0 || flat ? count : shape.size() < 2 ? 1 : shape[0];
   cols_ = rows_ == 0 ? 0 : count / rows_;
   step_ = std::max<int64_t>(1, kPanelElements / std::max<int64_t>(1, cols_));
 }
 
 bool OutputRows::is_copy() const {
-  return output_.edits.empty() && output_.rows.empty() && stored().dtype == output_.spec.dtype;
+  if (whole_rows_) return false;
+  if (!output_.edits.empty() || !output_.rows.empty()) return false;
+  if (output_.whole == nullptr && plan_.base->packed(*output_.source)) return false;
+  return stored().dtype == output_.spec.dtype;
+}
+
+void OutputRows::done() {
+  folding_.reset();
+  packed_.reset();
+  trained_.reset();
 }
 
 std::vector<std::byte> OutputRows::copied(int64_t panel) const {
@@ -80,6 +90,13 @@ void OutputRows::make(int64_t panel, Values& values) {
   else if (!output_.edits.empty())
     folding().apply(values.after.data(), begin, rows);
   replace_rows(values.after.data(), begin, rows);
+  values.trained.clear();
+  if (plan_.trained == nullptr || output_.edits.empty() || output_.bias) return;
+  const auto* tensor = plan_.trained->find(output_.spec.name);
+  if (tensor == nullptr || !plan_.trained->packed(*tensor)) return;
+  widen_packed(*plan_.trained, *tensor, trained_, begin, rows, values.trained);
+  for (size_t i = 0; i < values.trained.size(); ++i)
+    values.trained[i] += values.after[i] - values.before[i];
 }
 
 std::vector<std::byte> OutputRows::rounded(const std::vector<double>& after, int64_t panel) const {
@@ -115,10 +132,25 @@ void OutputRows::read(int64_t begin, int64_t rows, std::vector<std::byte>& bytes
   if (output_.whole != nullptr)
     std::memcpy(bytes.data(), stored().data + at, bytes.size());
   else
-    plan_.base.read(stored(), at, bytes.data(), bytes.size());
+    plan_.base->read(stored(), at, bytes.data(), bytes.size());
 }
 
-void OutputRows::wide(int64_t begin, int64_t rows, std::vector<double>& values) const {
+void OutputRows::widen_packed(const MergeBase& base, const io::TensorInfo& tensor,
+                              std::unique_ptr<PackedRows>& opened, int64_t begin, int64_t rows,
+                              std::vector<double>& values) {
+  {
+    const std::lock_guard lock(opening_);
+    if (!opened) opened = base.open(tensor);
+  }
+  thread_local std::vector<float> floats;
+  floats.resize(static_cast<size_t>(rows * cols_));
+  opened->read(begin, rows, floats.data());
+  values.assign(floats.begin(), floats.end());
+}
+
+void OutputRows::wide(int64_t begin, int64_t rows, std::vector<double>& values) {
+  if (output_.whole == nullptr && plan_.base->packed(*output_.source))
+    return widen_packed(*plan_.base, *output_.source, packed_, begin, rows, values);
   thread_local std::vector<std::byte> bytes;
   read(begin, rows, bytes);
   values.resize(static_cast<size_t>(rows * cols_));

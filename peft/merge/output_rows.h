@@ -4,6 +4,7 @@
 #include <budwood/peft/merge/fold_panel.h>
 #include <budwood/peft/merge/merge_plan.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -15,7 +16,8 @@ namespace budwood {
 /// One output of a plan, made in panels of rows of 0.5 MB in fp64. From several threads.
 class OutputRows {
  public:
-  OutputRows(const MergePlan& plan, const MergeOutput& output);
+  /// `whole_rows`: also of what is only copied or converted, which is cut anywhere otherwise.
+  OutputRows(const MergePlan& plan, const MergeOutput& output, bool whole_rows = false);
 
   int64_t panels() const { return (rows_ + step_ - 1) / step_; }
   /// Whether the output is the stored tensor byte for byte.
@@ -25,6 +27,7 @@ class OutputRows {
 
   struct Values {
     std::vector<double> before, after;  ///< as stored, and with the adapters; rows by columns
+    std::vector<double> trained;        ///< of plan.trained, with the same change; or empty
   };
   /// A panel of what is no copy, into room that is used again. Throws for types that are not
   /// converted.
@@ -35,23 +38,33 @@ class OutputRows {
   void widen(const std::vector<std::byte>& bytes, std::vector<double>& values) const;
   /// First byte and bytes of a panel in the output's dtype.
   std::pair<uint64_t, uint64_t> extent(int64_t panel) const;
-  /// Lets go of the factors.
-  void done() { folding_.reset(); }
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  /// Panels begin at multiples of so many rows.
+  void align(int64_t rows) { step_ = std::max(rows, step_ / rows * rows); }
+  /// Lets go of the factors and of what is packed.
+  void done();
 
  private:
   const io::TensorInfo& stored() const {
     return output_.whole != nullptr ? *output_.whole : *output_.source;
   }
   void read(int64_t begin, int64_t rows, std::vector<std::byte>& bytes) const;
-  void wide(int64_t begin, int64_t rows, std::vector<double>& values) const;
+  void wide(int64_t begin, int64_t rows, std::vector<double>& values);
+  void widen_packed(const MergeBase& base, const io::TensorInfo& tensor,
+                    std::unique_ptr<PackedRows>& opened, int64_t begin, int64_t rows,
+                    std::vector<double>& values);
   const Folding& folding();
   void replace_rows(double* values, int64_t begin, int64_t rows) const;
 
   const MergePlan& plan_;
   const MergeOutput& output_;
+  bool whole_rows_;
   int64_t rows_ = 0, cols_ = 0, step_ = 1;
   std::mutex mutex_;
   std::unique_ptr<Folding> folding_;
+  std::mutex opening_;
+  std::unique_ptr<PackedRows> packed_, trained_;
 };
 
 /// Of a panel, `written` being its rounded values.

@@ -2,10 +2,10 @@
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
 
-#include <budwood/peft/io/gguf_tokenizer.h>
 #include <budwood/peft/io/text.h>
 #include <budwood/peft/models/gguf_config.h>
 #include <budwood/peft/models/gguf_layout.h>
+#include <budwood/peft/models/gguf_metadata.h>
 #include <budwood/peft/models/save_gguf.h>
 #include <budwood/peft/models/stored_tensors.h>
 #include <budwood/quant/error.h>
@@ -37,26 +37,6 @@ GgmlType type_of(const std::string& name, const char* option) {
     refuse(fmt::format("{} is {}; wanted one of {}", option, io::in_quotes(name),
                        quant::kernels::writable_ggml_types()));
   return *type;
-}
-
-// general.file_type, llama.cpp's number for "mostly this type".
-uint32_t file_type(GgmlType type) {
-  switch (type) {
-    case GgmlType::f32:
-      return 0;
-    case GgmlType::f16:
-      return 1;
-    case GgmlType::q4_0:
-      return 2;
-    case GgmlType::q4_1:
-      return 3;
-    case GgmlType::q8_0:
-      return 7;
-    case GgmlType::bf16:
-      return 32;
-    default:
-      refuse(fmt::format("files of {} are not written", ggml_type_name(type)));
-  }
 }
 
 /// A tensor on its way into the file.
@@ -137,48 +117,14 @@ class Saver {
   }
 
   io::GgufMetadata metadata() {
-    io::GgufMetadata keys = {{"general.architecture", described_.architecture},
-                             {"general.type", std::string("model")}};
-    if (!options_.name.empty()) keys.emplace_back("general.name", options_.name);
-    keys.emplace_back("general.file_type", file_type(type_));
-    if (std::ranges::any_of(
-            outputs_, [](const Output& o) { return ggml_type_traits(o.spec.type).block > 1; }))
-      keys.emplace_back("general.quantization_version", uint32_t{2});
-    std::ranges::copy(described_.keys, std::back_inserter(keys));
-    auto tokenizer = io::tokenizer_metadata(options_.tokenizer_from, config_.vocab_size);
-    std::ranges::move(tokenizer.warnings, std::back_inserter(report_.warnings));
-    std::ranges::move(tokenizer.keys, std::back_inserter(keys));
-    add_special_ids(keys);
-    return keys;
-  }
-
-  // Ids that the model's configuration knows and the tokeniser does not name.
-  void add_special_ids(io::GgufMetadata& keys) {
-    const auto find = [&](const std::string& name) -> std::optional<int64_t> {
-      for (const auto& [key, value] : keys)
-        if (const auto* id = std::get_if<uint32_t>(&value); id && key == "tokenizer.ggml." + name)
-          return *id;
-      return std::nullopt;
-    };
-    const auto add = [&](const std::string& name, int64_t id) {
-      if (id >= 0 && id < config_.vocab_size)
-        keys.emplace_back("tokenizer.ggml." + name, static_cast<uint32_t>(id));
-    };
-    if (config_.bos_token_id && !find("bos_token_id")) add("bos_token_id", *config_.bos_token_id);
-    if (config_.pad_token_id && !find("padding_token_id"))
-      add("padding_token_id", *config_.pad_token_id);
-    for (const int64_t id : config_.eos_token_id) {
-      const auto eos = find("eos_token_id"), eot = find("eot_token_id");
-      if (id == eos || id == eot) continue;
-      if (!eos)
-        add("eos_token_id", id);
-      else if (!eot)
-        add("eot_token_id", id);
-      else
-        report_.warnings.push_back(fmt::format(
-            "the token {} ends a text too, but a GGUF file names two such tokens, {} and {}", id,
-            *eos, *eot));
-    }
+    const bool blocks = std::ranges::any_of(
+        outputs_, [](const Output& o) { return ggml_type_traits(o.spec.type).block > 1; });
+    return gguf_metadata(config_, described_,
+                         {.name = options_.name,
+                          .type = type_,
+                          .blocks = blocks,
+                          .tokenizer_from = options_.tokenizer_from},
+                         report_.warnings);
   }
 
   void write(io::GgufWriter& writer, const Output& output) {

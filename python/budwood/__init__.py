@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from .memory import memory_pool
-    from .merging import combine_files, extract, merge_files, verify_files
+    from .merging import combine_files, convert, extract, merge_files, unmerge_files, verify_files
     from .methods import Family, Site, register_family
     from .peft_model import PeftModel
     from .quantized import (
@@ -63,8 +63,10 @@ _HOME = {
     "OptimizeReport": "fused",
     "memory_pool": "memory",
     "combine_files": "merging",
+    "convert": "merging",
     "extract": "merging",
     "merge_files": "merging",
+    "unmerge_files": "merging",
     "verify_files": "merging",
     "optimize": "fused",
     "unoptimize": "fused",
@@ -140,6 +142,7 @@ __all__ = [
     "VeraConfig",
     "cmake_prefix_path",
     "combine_files",
+    "convert",
     "extract",
     "get_peft_model",
     "get_peft_model_state_dict",
@@ -153,6 +156,7 @@ __all__ = [
     "quantize_model",
     "register_family",
     "set_peft_model_state_dict",
+    "unmerge_files",
     "unoptimize",
     "verify_files",
 ]

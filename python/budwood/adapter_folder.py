@@ -72,7 +72,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_adapter(
-    folder: Path, config: PeftConfig, tensors: Mapping[str, torch.Tensor], safetensors: bool = True
+    folder: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    safetensors: bool = True,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes an adapter so that a killed process leaves no half of one under its name.
 
@@ -86,7 +90,7 @@ def write_adapter(
     try:
         weights = WEIGHTS_NAME if safetensors else PICKLE_NAME
         if safetensors:
-            write_tensors(hidden / weights, tensors)
+            write_tensors(hidden / weights, tensors, metadata)
         else:
             torch.save(dict(tensors), hidden / weights)
         (hidden / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")

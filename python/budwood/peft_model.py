@@ -14,6 +14,7 @@ from .adapter_folder import find_folder, read_weights, write_adapter
 from .config import PeftConfig, as_config, read_config, with_task_heads
 from .controls import AdapterControls
 from .errors import Error
+from .fingerprint import KEY, base_fingerprint
 from .hf_peft import LooksLikePeft
 from .inject import InjectReport, inject
 from .methods.inject import is_method_adapter, method_config, read_adapterhub
@@ -298,7 +299,9 @@ class PeftModel(LooksLikePeft, AdapterControls, nn.Module):
                     "parent_library": type(model).__module__,
                 }
             folder = directory if name == "default" else directory / name
-            write_adapter(folder, config, with_prefix(tensors), safe_serialization)
+            base = base_fingerprint(model, name)
+            metadata = {KEY: base} if base else None
+            write_adapter(folder, config, with_prefix(tensors), safe_serialization, metadata)
         if is_main_process and names:
             self.create_or_update_model_card(directory)
 

@@ -20,7 +20,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise Error(f"[read_tensors] {path}: {error}") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors; shared and strided ones are stored each on its own."""
     plain: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -29,7 +31,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         storage = copy.untyped_storage().data_ptr()
         plain[name] = copy.clone() if storage in seen else copy
         seen.add(storage)
-    path.write_bytes(_library().save(plain, metadata={"format": "pt"}))
+    path.write_bytes(_library().save(plain, metadata={"format": "pt", **(metadata or {})}))
 
 
 def _library() -> ModuleType:

@@ -94,6 +94,12 @@ class Awq final : public Checkpoint {
  public:
   explicit Awq(const std::string& text) : config_(AwqConfig::from_json(text)) {}
   bool packed(const StoredParts& parts) const override { return parts.contains("qweight"); }
+  std::pair<int64_t, int64_t> shape(const StoredParts& parts) const override {
+    const auto words = required_part(parts, "qweight");
+    if (words.dim() != 2)
+      throw Error(kWhere, fmt::format("qweight has {} dimensions; wanted 2", words.dim()));
+    return {words.size(1) * 8, words.size(0)};
+  }
   Weight read(const StoredParts& parts, int64_t out, int64_t in) const override {
     refuse_other_parts(parts, {"qweight", "qzeros", "scales"});
     return weight_from_awq(required_part(parts, "qweight"), required_part(parts, "qzeros"),

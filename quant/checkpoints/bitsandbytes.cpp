@@ -183,6 +183,13 @@ class BitsAndBytes final : public Checkpoint {
     if (eight_bit_) return it->second.scalar_type() == at::kChar;
     return parts.size() > 1 || !it->second.is_floating_point();
   }
+  std::pair<int64_t, int64_t> shape(const StoredParts& parts) const override {
+    const auto sizes = eight_bit_ ? required_part(parts, "weight").sizes().vec()
+                                  : read_state(parts, state_name(parts)).shape;
+    if (sizes.size() != 2)
+      throw Error("load", fmt::format("a packed matrix has {} dimensions", sizes.size()));
+    return {sizes[0], sizes[1]};
+  }
   Weight read(const StoredParts& parts, int64_t out, int64_t in) const override {
     return eight_bit_ ? weight_from_bnb8(parts, out, in) : weight_from_bnb4(parts, out, in);
   }

@@ -4,6 +4,7 @@
 
 #include <budwood/quant/checkpoints/checkpoint.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/quantize.h>
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
@@ -63,6 +64,25 @@ void refuse_other_parts(const StoredParts& parts, const std::vector<std::string>
     if (std::find(known.begin(), known.end(), name) == known.end())
       throw Error("load", fmt::format("'{}' does not belong to a packed layer; known: {}", name,
                                       fmt::join(known, ", ")));
+}
+
+Weight requantize(const at::Tensor& w, const Weight& like) {
+  switch (like.format) {
+    case Format::nf4:
+    case Format::fp4:
+      return quantize(w, {.format = like.format == Format::nf4 ? "nf4" : "fp4",
+                          .block_size = like.parts[2].item<int64_t>(),
+                          .double_quant = like.parts.size() == 6});
+    case Format::int8_rows:
+      return quantize(w, {.format = "int8"});
+    case Format::affine4:
+    case Format::affine8:
+      return quantize(w, {.format = like.format == Format::affine4 ? "int4" : "affine8",
+                          .block_size = like.parts[3].item<int64_t>()});
+    default:
+      throw Error("quantize", fmt::format("{} weights are not made anew from numbers",
+                                          form_of(like.format).name()));
+  }
 }
 
 }  // namespace budwood::quant

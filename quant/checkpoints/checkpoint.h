@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 /// How folders of quantised models store a matrix: as several tensors below the path of its layer,
@@ -22,6 +23,9 @@ class Checkpoint {
 
   /// Whether these tensors hold a packed matrix; false for a layer that was left plain.
   virtual bool packed(const StoredParts& parts) const = 0;
+  /// {out, in} of a packed matrix, from dtypes and sizes of its parts; of parts that hold numbers
+  /// of a matrix the values are not read. Throws Error when they tell nothing.
+  virtual std::pair<int64_t, int64_t> shape(const StoredParts& parts) const = 0;
   /// The matrix [out, in]. Parts are used where they lie when they are laid out as we need them.
   /// Throws Error for a part that is missing, unknown or of the wrong dtype or size.
   virtual Weight read(const StoredParts& parts, int64_t out, int64_t in) const = 0;
@@ -46,6 +50,11 @@ struct CheckpointWriter {
 /// (docs/formats.md) for int4 and affine8. dtype: of the values that the codes stand for. Throws
 /// Error when one folder cannot hold them all.
 CheckpointWriter checkpoint_writer(const std::vector<const Weight*>& weights, at::ScalarType dtype);
+
+/// A packed matrix's parts, made anew from the values of a matrix [out, in] in fp32, rounded to
+/// nearest with the form, block size and options of `like`. Throws Error for forms that need data
+/// to be made (GPTQ's and AWQ's).
+Weight requantize(const at::Tensor& w, const Weight& like);
 
 // What readers check parts with; errors name the part, what was found and what was wanted.
 

@@ -37,6 +37,12 @@ class Integers final : public Checkpoint {
   }
 
   bool packed(const StoredParts& parts) const override { return parts.contains("weight.codes"); }
+  std::pair<int64_t, int64_t> shape(const StoredParts& parts) const override {
+    const auto codes = required_part(parts, "weight.codes");
+    if (codes.dim() != 2)
+      throw Error("load", fmt::format("'weight.codes' has {} dimensions, wanted 2", codes.dim()));
+    return {codes.size(0), codes.size(1) * 8 / bits_};
+  }
   Weight read(const StoredParts& parts, int64_t out, int64_t in) const override {
     return weight_from_integers(parts, bits_, out, in);
   }

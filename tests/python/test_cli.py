@@ -484,6 +484,42 @@ def test_inspect_says_what_things_are(trained, model, capsys):
     assert "none.gguf" in failure(capsys, "inspect", "none.gguf")
 
 
+def test_a_heat_map_of_an_adapter_is_drawn(trained, model, tmp_path, capsys):
+    for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
+        assert main(["inspect", str(trained), "--plot", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(start)
+    shown = capsys.readouterr().out
+    assert "base weights" in shown
+    assert "not recorded" not in shown
+    assert "is to be a .png or .svg" in failure(
+        capsys, "inspect", str(trained), "--plot", str(tmp_path / "a.txt")
+    )
+    assert "of an adapter" in failure(
+        capsys, "inspect", str(model), "--plot", str(tmp_path / "b.png")
+    )
+
+
+def test_convert_and_unmerge_from_the_command_line(trained, model, tmp_path, capsys):
+    done = figures(capsys, "convert", str(trained), "--to", "mlx", "-o", str(tmp_path / "mlx"))
+    assert done["from"] == "peft"
+    assert (tmp_path / "mlx" / "adapters.safetensors").is_file()
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    merged = figures(capsys, "merge", "-m", str(model), "-a", str(trained), "-o", out, "--backup")
+    assert merged["merged"]
+    undone = figures(capsys, "unmerge", "-m", out, "-o", back)
+    assert undone["source"] == "backup"
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        model / "model.safetensors"
+    ).read_bytes()
+    assert "exists" in failure(capsys, "unmerge", "-m", out, "-o", back)
+    gguf = str(tmp_path / "out.gguf")
+    done = figures(
+        capsys, "merge", "-m", str(model), "-a", str(trained), "-o", gguf, "--dtype", "q8_0"
+    )
+    assert done["files"] == ["out.gguf"]
+    assert main(["inspect", gguf]) == 0
+
+
 def test_tokenize_marks_what_counts(model, rows, tmp_path, capsys):
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"messages": CONVERSATION}))
@@ -497,7 +533,8 @@ def test_tokenize_marks_what_counts(model, rows, tmp_path, capsys):
 
 
 def test_help_and_version_answer_and_usage_errors_do_not_succeed(capsys):
-    verbs = "train eval generate merge verify extract combine quantize inspect tokenize"
+    verbs = "train eval generate merge unmerge verify extract combine convert quantize"
+    verbs += " inspect tokenize"
     for verb in verbs.split():
         assert main([verb, "--help"]) == 0
         assert f"Usage: budwood {verb}" in capsys.readouterr().out

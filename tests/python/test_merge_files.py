@@ -553,3 +553,32 @@ def test_what_cannot_be_extracted_is_named(tmp_path):
         with pytest.raises(budwood.Error, match=wanted):
             budwood.extract(*paths, **options)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_resized_vocabulary_comes_with_the_adapter(is_tied, tmp_path):
+    base = tiny("llama")
+    base.config.tie_word_embeddings = is_tied
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "model")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    model.resize_token_embeddings(67)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(model, config)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    budwood.merge_files(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["vocab_size"] == 67
+    assert written["tie_word_embeddings"] == is_tied
+    assert ("lm_head.weight" in weights_of(tmp_path / "out")) != is_tied
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[3, 66, 61, 5]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, theirs.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    # Only the table: what the head would read is not known.
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    adapter.pop("base_model.model.lm_head.weight", None)
+    save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(budwood.Error, match=r"to 67 rows, and nothing to lm_head\.weight"):
+        budwood.merge_files(tmp_path / "model", tmp_path / "adapter", tmp_path / "no")

@@ -231,27 +231,51 @@ def merge(
     adapter: Annotated[
         list[str], Option("--adapter", "-a", metavar="PATH", help="Adapter folder.")
     ],
-    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where the model goes.")],
+    out: Annotated[
+        Path, Option("--out", "-o", metavar="PATH", help="Folder, or file named *.gguf.")
+    ],
     weight: Annotated[
         list[float] | None,
         Option("--weight", "-w", metavar="NUMBER", help="Weight of each adapter, in their order."),
     ] = None,
-    dtype: Dtype = "auto",
+    into: Annotated[
+        str,
+        Option(
+            metavar="TARGET",
+            help="Of a quantised model: dequantised, requantised or original16.",
+        ),
+    ] = "dequantised",
+    original: Annotated[
+        Path | None, Option(metavar="FOLDER", help="The plain model, for original16.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        Option(
+            metavar="DTYPE",
+            help="auto, float32, bfloat16, float16; in a GGUF also q8_0, q4_0, q4_1.",
+        ),
+    ] = "auto",
     max_shard_size: Annotated[
         str, Option(metavar="SIZE", help="Largest file, as 5GB or 500MB.")
     ] = "5GB",
     jobs: Annotated[
         int, Option("--jobs", "-j", metavar="N", help="Threads; 0 = one for each processor.")
     ] = 0,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the output.")] = False,
+    force: Annotated[
+        bool, Option("--force", help="Even where less than half of a change survives.")
+    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on where a killed merge stopped.")] = False,
+    backup: Annotated[
+        bool, Option("--backup", help="Keep the old weights in the folder, for unmerge.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Fold adapters into a model and save it.
 
-    The result is a folder that transformers opens. The tokeniser files come along. Several adapters
-    may be given; their changes add up. A folder of plain weights is merged piece by piece, so it
-    may be larger than memory, and merge_report.json in the result says what rounding left of each
-    change; a GGUF file or a quantised model is loaded for it.
+    The result is a folder that transformers opens, or a GGUF file. The tokeniser comes along.
+    Several adapters may be given; their changes add up. The model is merged piece by piece, so it
+    may be larger than memory, and merge_report.json says what rounding left of each change.
     """
     from . import merge as verb
 
@@ -260,12 +284,79 @@ def merge(
         adapters=adapter,
         weights=weight or [],
         out=out,
+        into=into,
+        original=original,
         dtype=dtype,
         max_shard_size=max_shard_size,
         jobs=jobs,
         overwrite=overwrite,
+        force=force,
+        resume=resume,
+        backup=backup,
         as_json=json,
     )
+
+
+@app.command()
+def unmerge(
+    model: Annotated[Path, Option("--model", "-m", metavar="FOLDER", help="The merged model.")],
+    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where the model goes.")],
+    adapter: Annotated[
+        list[str] | None,
+        Option("--adapter", "-a", metavar="PATH", help="Adapter; not needed with a backup."),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        Option("--weight", "-w", metavar="NUMBER", help="Weight of each adapter, in their order."),
+    ] = None,
+    base: Annotated[
+        Path | None, Option(metavar="FOLDER", help="What they were merged into, if it is there.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, Option(metavar="SIZE", help="Largest file, as 5GB or 500MB.")
+    ] = "5GB",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a model as it was before a merge.
+
+    Bit for bit from the backup that `merge --backup` keeps in the folder, or from the base. Without
+    them the change of the adapters is subtracted, and what two roundings did stays.
+    """
+    from . import unmerge as verb
+
+    verb.run(
+        model=model,
+        adapters=adapter or [],
+        weights=weight or [],
+        base=base,
+        out=out,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, Argument(metavar="PATH", help="Adapter folder or GGUF file.")],
+    to: Annotated[str, Option("--to", metavar="FORMAT", help="peft, adapterhub, mlx or gguf.")],
+    out: Annotated[Path, Option("--out", "-o", metavar="PATH", help="Where the adapter goes.")],
+    model: Annotated[
+        str, Option("--model", "-m", metavar="PATH", help="The base, for gguf and adapterhub.")
+    ] = "",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the output.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a LoRA adapter in another library's files.
+
+    Reads HF PEFT, AdapterHub, MLX and llama.cpp's GGUF. Each consumer's rules are kept: what it has
+    no scaling for is multiplied into B, rows are permuted as GGUF wants them, and what it cannot
+    hold is an error that lists it.
+    """
+    from . import convert as verb
+
+    verb.run(adapter=adapter, to=to, model=model, out=out, overwrite=overwrite, as_json=json)
 
 
 @app.command()
@@ -486,12 +577,16 @@ def quantize(
 def inspect(
     path: Annotated[str, Argument(metavar="PATH", help="Adapter, model, safetensors or GGUF.")],
     tensors: Annotated[bool, Option("--tensors", help="List every tensor.")] = False,
+    plot: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Draw a heat map of an adapter's changes, .png or .svg."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what a file or folder is: adapter, model, safetensors, GGUF."""
     from . import inspect as verb
 
-    verb.run(path, tensors=tensors, as_json=json)
+    verb.run(path, tensors=tensors, plot=plot, as_json=json)
 
 
 @app.command()

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+from ..errors import Error
 from .console import Output, count, size
 
 
-def run(path: str, *, tensors: bool, as_json: bool) -> None:
+def run(path: str, *, tensors: bool, plot: Path | None, as_json: bool) -> None:
     from .. import _C
 
     output = Output(as_json)
     found = json.loads(_C.inspect(path))
+    if plot is not None:
+        from ..plot import plot_norms
+
+        if found["kind"] != "adapter":
+            raise Error(f"[inspect] the heat map is of an adapter; {path} is a {found['kind']}")
+        name = Path(path).resolve().name
+        plot_norms(found["modules"], plot, f"{name}: what the adapter changes")
+        output.note(f"heat map: {plot}")
     if as_json:
         output.result(found if tensors else {k: v for k, v in found.items() if k != "tensors"})
         return
@@ -34,6 +44,7 @@ def show_adapter(output: Output, found: dict[str, Any]) -> None:
             ("adapter", found["path"]),
             ("method", found["method"]),
             ("base model", str(config.get("base_model_name_or_path"))),
+            ("base weights", found.get("base") or "not recorded"),
             ("parameters", count(found["parameters"])),
             ("dtype", types(found)),
             ("targets", names(config.get("target_modules"))),

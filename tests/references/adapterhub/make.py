@@ -5,8 +5,8 @@ It needs an environment of its own, since the library asks for an older transfor
     python3 -m venv /tmp/hub && /tmp/hub/bin/pip install torch==2.13.0 adapters
     /tmp/hub/bin/python tests/references/adapterhub/make.py
 
-For each family a tiny base model, and for each method a folder as the library saves it, with the
-logits that it computes beside it (`expected.safetensors`).
+Names of methods after it make those alone. For each family a tiny base model, and for each method a
+folder as the library saves it, with the logits that it computes beside it (`expected.safetensors`).
 """
 
 import shutil
@@ -16,7 +16,7 @@ from pathlib import Path
 import adapters
 import torch
 import transformers
-from adapters import BnConfig, CompacterConfig, PrefixTuningConfig, PromptTuningConfig
+from adapters import BnConfig, CompacterConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig
 from adapters.configuration import DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from safetensors.torch import save_file
 
@@ -92,9 +92,19 @@ METHODS = {
     ),
     "prefix_gated_flat": lambda: PrefixTuningConfig(flat=True, prefix_length=3, use_gating=True),
     "prompt": lambda: PromptTuningConfig(prompt_length=3, combine="prefix_after_bos"),
+    "lora": lambda: LoRAConfig(r=2, alpha=3),
+    "lora_everywhere": lambda: LoRAConfig(
+        r=3,
+        alpha=6,
+        attn_matrices=["q", "k", "v"],
+        intermediate_lora=True,
+        output_lora=True,
+        leave_out=[1],
+    ),
+    "lora_dora": lambda: LoRAConfig(r=2, alpha=2, use_dora=True),
 }
 # What the library itself does not have.
-ABSENT = {("prompt", "llama"), ("prompt", "gpt2")}
+ABSENT = {("prompt", "llama"), ("prompt", "gpt2"), ("lora_dora", "gpt2")}
 
 
 def randomise(model):
@@ -104,14 +114,15 @@ def randomise(model):
             p.copy_(torch.randn_like(p) * (0.2 if p.dim() > 1 else 0.05) + float("orm" in name))
 
 
-def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
+def main(only: list[str]) -> None:
+    if not only:
+        shutil.rmtree(OUT, ignore_errors=True)
     for family, make in BASES.items():
         base = make().eval()
         randomise(base)
         base.save_pretrained(OUT / family / "base")
         for method, config in METHODS.items():
-            if (method, family) in ABSENT:
+            if (method, family) in ABSENT or (only and method not in only):
                 continue
             model = make().eval()
             # With "sdpa" and no padding the library forgets the causal mask behind a prefix.
@@ -125,7 +136,13 @@ def main() -> None:
                 for name, p in sorted(model.named_parameters()):
                     own = any(
                         part in name
-                        for part in ("adapters.", "prefix_tuning", "prompt_tuning", "shared_param")
+                        for part in (
+                            "adapters.",
+                            "loras.",
+                            "prefix_tuning",
+                            "prompt_tuning",
+                            "shared_par",
+                        )
                     )
                     if own:
                         p.add_(torch.randn_like(p) * 0.2)
@@ -137,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

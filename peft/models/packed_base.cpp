@@ -1,0 +1,144 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <budwood/peft/models/packed_base.h>
+#include <budwood/peft/tensor_file.h>
+#include <budwood/quant/error.h>
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+namespace budwood::models {
+namespace {
+
+// Parts up to this size are settings, which tell the shape of the matrix.
+constexpr uint64_t kSettingsBytes = 4096;
+
+// A layer's tensors end in one name, or in "weight" and one more: "up_proj.weight.absmax".
+std::string layer_of_part(const std::string& name) {
+  const auto weight = name.find(".weight.");
+  return weight == std::string::npos ? name.substr(0, name.rfind('.') + 1)
+                                     : name.substr(0, weight + 1);
+}
+
+// What plain weights are stored in decides for what codes stand for.
+io::Dtype most_common_float(const io::ModelFiles& files) {
+  std::map<io::Dtype, uint64_t> bytes;
+  for (const auto* tensor : files.tensors())
+    if ((tensor->name.ends_with(".weight") || tensor->name.ends_with(".bias")) &&
+        (tensor->dtype == io::Dtype::f32 || tensor->dtype == io::Dtype::bf16 ||
+         tensor->dtype == io::Dtype::f16))
+      bytes[tensor->dtype] += tensor->bytes();
+  const auto most = std::ranges::max_element(bytes, {}, [](const auto& one) { return one.second; });
+  return most == bytes.end() ? io::Dtype::f32 : most->first;
+}
+
+class WeightRows final : public PackedRows {
+ public:
+  explicit WeightRows(quant::Weight weight) : weight_(std::move(weight)) {}
+  void read(int64_t begin, int64_t rows, float* to) const override {
+    const at::NoGradGuard no_grad;
+    const auto values = weight_.rows(begin, begin + rows, at::kFloat).contiguous();
+    std::copy_n(values.const_data_ptr<float>(), values.numel(), to);
+  }
+
+ private:
+  quant::Weight weight_;
+};
+
+const bool registered =
+    register_merge_base([](const std::filesystem::path& path) -> std::unique_ptr<MergeBase> {
+      if (!std::filesystem::is_directory(path) || quantization_of(read_config_text(path)).empty())
+        return nullptr;
+      return std::make_unique<PackedBase>(path);
+    });
+
+}  // namespace
+
+PackedBase::PackedBase(const std::filesystem::path& folder)
+    : MergeBase(folder, read_config_text(folder)),
+      files_(io::ModelFiles::open(folder, io::Access::headers)) {
+  const auto quantization = quantization_of(config());
+  checkpoint_ = quant::open_checkpoint(quantization);
+  method_ = nlohmann::json::parse(quantization).value("quant_method", "");
+  std::map<std::string, Layer> layers;
+  for (const auto* tensor : files_.tensors()) {
+    const auto path = layer_of_part(tensor->name);
+    if (tensor->name == path + "bias") continue;
+    layers[path].path = path;
+    layers[path].parts.push_back(tensor);
+  }
+  const auto dtype = most_common_float(files_);
+  for (const auto* tensor : files_.tensors()) {
+    const auto it = layers.find(layer_of_part(tensor->name));
+    const bool of_layer = it != layers.end() && tensor->name != it->first + "bias";
+    if (!of_layer) {
+      tensors_.push_back(tensor);
+      continue;
+    }
+    const auto& layer = it->second;
+    const auto parts = described_parts(layer);
+    if (!checkpoint_->packed(parts)) {
+      tensors_.push_back(tensor);
+      continue;
+    }
+    if (tensor != layer.parts[0]) continue;
+    const auto name = layer.path + "weight";
+    try {
+      const auto [out, in] = checkpoint_->shape(parts);
+      const io::TensorSpec spec{name, dtype, {out, in}};
+      infos_.push_back({.name = name, .dtype = dtype, .shape = spec.shape, .end = spec.bytes()});
+    } catch (const std::exception& e) {
+      throw Error("merge_files",
+                  fmt::format("{}: the layer '{}': {}", folder.string(), name, e.what()));
+    }
+    tensors_.push_back(&infos_.back());
+    layers_.emplace(&infos_.back(), layer);
+  }
+  for (const auto* tensor : tensors_) index_[tensor->name] = tensor;
+}
+
+const io::TensorInfo* PackedBase::find(std::string_view name) const {
+  const auto it = index_.find(name);
+  return it == index_.end() ? nullptr : it->second;
+}
+
+quant::StoredParts PackedBase::described_parts(const Layer& layer) const {
+  quant::StoredParts parts;
+  for (const auto* part : layer.parts) {
+    auto options = at::TensorOptions().dtype(scalar_type(part->dtype));
+    const bool settings = part->bytes() <= kSettingsBytes;
+    auto tensor = at::empty(part->shape, settings ? options : options.device(at::kMeta));
+    if (settings) files_.read(*part, 0, tensor.mutable_data_ptr(), part->bytes());
+    parts[part->name.substr(layer.path.size())] = tensor;
+  }
+  return parts;
+}
+
+quant::StoredParts PackedBase::parts(const Layer& layer) const {
+  quant::StoredParts parts;
+  for (const auto* part : layer.parts) {
+    auto tensor = at::empty(part->shape, at::TensorOptions().dtype(scalar_type(part->dtype)));
+    files_.read(*part, 0, tensor.mutable_data_ptr(), part->bytes());
+    parts[part->name.substr(layer.path.size())] = tensor;
+  }
+  return parts;
+}
+
+quant::Weight PackedBase::weight(const io::TensorInfo& tensor) const {
+  try {
+    return checkpoint_->read(parts(layer(tensor)), tensor.shape[0], tensor.shape[1]);
+  } catch (const std::exception& e) {
+    throw Error("merge_files",
+                fmt::format("{}: the layer '{}': {}", path().string(), tensor.name, e.what()));
+  }
+}
+
+std::unique_ptr<PackedRows> PackedBase::open(const io::TensorInfo& tensor) const {
+  return std::make_unique<WeightRows>(weight(tensor));
+}
+
+void PackedBase::carry_over(const std::filesystem::path& folder) const {
+  carry_other_files(path(), folder);
+}
+
+}  // namespace budwood::models

@@ -1,0 +1,222 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <budwood/peft/merge/merge_target.h>
+#include <budwood/peft/models/packed_base.h>
+#include <budwood/peft/tensor_file.h>
+#include <budwood/quant/checkpoints/bitsandbytes.h>
+#include <budwood/quant/checkpoints/integers.h>
+#include <budwood/quant/error.h>
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+namespace budwood::models {
+namespace {
+
+// Spaces at the end of settings in JSON: room for an offset of other digits.
+constexpr int64_t kRoom = 32;
+constexpr std::string_view kState = "weight.quant_state.";
+constexpr std::string_view kOrder = "weight.column_order";
+
+std::vector<std::byte> bytes_of(const at::Tensor& tensor, uint64_t wanted, const char fill) {
+  const auto whole = tensor.contiguous();
+  std::vector<std::byte> bytes(wanted, static_cast<std::byte>(fill));
+  if (whole.nbytes() > wanted)
+    throw Error("merge_files", fmt::format("a part of a matrix takes {} bytes, {} are planned",
+                                           whole.nbytes(), wanted));
+  std::memcpy(bytes.data(), whole.const_data_ptr(), whole.nbytes());
+  return bytes;
+}
+
+/// A packed matrix that is changed and packed again.
+class Repacked {
+ public:
+  Repacked(const MergePlan& plan, const MergeOutput& output, const PackedBase& base)
+      : plan_(plan), output_(output), base_(base), source_(*output.source) {}
+
+  // All parts. The codes are not kept: they are written long after the scales, when those of all
+  // other matrices would be kept too.
+  at::Tensor part(const std::string& name, MergePiece* piece) {
+    const std::lock_guard lock(mutex_);
+    if (const auto it = small_.find(name); it != small_.end()) return it->second;
+    auto parts = make(piece);
+    for (auto& [other, tensor] : parts)
+      if (other != "weight" && other != "weight.codes") small_[other] = tensor.clone();
+    return parts.at(name);
+  }
+
+ private:
+  quant::StoredParts make(MergePiece* piece) {
+    const at::NoGradGuard no_grad;
+    OutputRows rows(plan_, output_);
+    OutputRows::Values values;
+    auto matrix = at::empty(source_.shape, at::TensorOptions().dtype(at::kFloat));
+    auto* to = matrix.mutable_data_ptr<float>();
+    for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+      rows.make(panel, values);
+      to = std::copy(values.after.begin(), values.after.end(), to);
+    }
+    const auto like = base_.weight(source_);
+    const auto made = quant::requantize(matrix, like);
+    if (piece != nullptr) measure(rows, made, *piece);
+    if (made.format == quant::Format::affine4 || made.format == quant::Format::affine8)
+      return quant::integer_parts(made);
+    return quant::bnb_parts(made, dtype());
+  }
+
+  static void measure(OutputRows& rows, const quant::Weight& made, MergePiece& piece) {
+    OutputRows::Values values;
+    int64_t begin = 0;
+    for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+      rows.make(panel, values);
+      const auto count = static_cast<int64_t>(values.after.size()) / rows.cols();
+      const auto back = made.rows(begin, begin + count, at::kFloat).contiguous();
+      const auto* first = back.const_data_ptr<float>();
+      add_sums(piece, values, {first, first + back.numel()});
+      begin += count;
+    }
+  }
+
+  // What bitsandbytes decodes to, as the settings say.
+  at::ScalarType dtype() const {
+    for (const auto* info : base_.layer(source_).parts) {
+      const auto name = info->name.substr(base_.layer(source_).path.size());
+      if (!name.starts_with(kState)) continue;
+      std::string text(info->bytes(), ' ');
+      base_.read(*info, 0, text.data(), text.size());
+      return scalar_type_of(nlohmann::json::parse(text).value("dtype", "float32"));
+    }
+    return at::kFloat;
+  }
+
+  const MergePlan& plan_;
+  const MergeOutput& output_;
+  const PackedBase& base_;
+  const io::TensorInfo& source_;
+  std::mutex mutex_;
+  std::map<std::string, at::Tensor> small_;
+};
+
+class RepackedItem final : public MergeItem {
+ public:
+  RepackedItem(std::shared_ptr<Repacked> matrix, const MergeOutput& output, std::string part,
+               uint64_t bytes)
+      : MergeItem(output), matrix_(std::move(matrix)), part_(std::move(part)), bytes_(bytes) {}
+  int64_t pieces() const override { return 1; }
+  bool counts() const override { return part_ == "weight" || part_ == "weight.codes"; }
+  MergePiece make(int64_t) override {
+    MergePiece piece;
+    const auto tensor = matrix_->part(part_, counts() ? &piece : nullptr);
+    piece.bytes = bytes_of(tensor, bytes_, part_.starts_with(kState) ? ' ' : 0);
+    return piece;
+  }
+
+ private:
+  std::shared_ptr<Repacked> matrix_;
+  std::string part_;
+  uint64_t bytes_;
+};
+
+/// A part as it is.
+class PartItem final : public MergeItem {
+ public:
+  PartItem(const MergeOutput& output, const PackedBase& base, const io::TensorInfo& part)
+      : MergeItem(output), base_(base), part_(part) {}
+  int64_t pieces() const override {
+    return std::max<int64_t>(1, (static_cast<int64_t>(part_.bytes()) + kStep - 1) / kStep);
+  }
+  bool counts() const override { return false; }
+  MergePiece make(int64_t piece) override {
+    const uint64_t begin = static_cast<uint64_t>(piece) * kStep;
+    MergePiece made;
+    made.bytes.resize(std::min<uint64_t>(kStep, part_.bytes() - begin));
+    base_.read(part_, begin, made.bytes.data(), made.bytes.size());
+    return made;
+  }
+
+ private:
+  static constexpr int64_t kStep = 1 << 20;
+  const PackedBase& base_;
+  const io::TensorInfo& part_;
+};
+
+const PackedBase& packed_base(const MergePlan& plan) {
+  const auto* base = dynamic_cast<const PackedBase*>(plan.base.get());
+  if (base == nullptr)
+    throw Error("merge_files", plan.base->path().string() +
+                                   " is no quantised folder: there are no codes to be made anew");
+  if (base->method() != "bitsandbytes" && base->method() != "budwood")
+    throw Error("merge_files",
+                fmt::format("{} is of {}, whose codes need calibration data to be made: merge "
+                            "into dequantised weights",
+                            base->path().string(), base->method()));
+  return *base;
+}
+
+class RequantisedTarget final : public MergeTarget {
+ public:
+  RequantisedTarget(const MergePlan& plan, const MergePlace& place) : base_(packed_base(plan)) {
+    for (const auto& output : plan.outputs) add(plan, output);
+    writer_.emplace(place.path, specs_, place.max_shard_size, io::Metadata{{"format", "pt"}},
+                    place.present);
+    for (const auto& spec : writer_->order()) items_.push_back(std::move(by_name_.at(spec.name)));
+  }
+
+  void write(size_t item, const std::vector<std::byte>& bytes) override {
+    writer_->write(writer_->order()[item].name, bytes.data(), bytes.size());
+  }
+  void commit() override { writer_->commit(); }
+  std::vector<std::string> files() const override { return writer_->names(); }
+  std::vector<std::string> finished() const override { return writer_->finished(); }
+  std::string quantization() const override { return quantization_of(base_.config()); }
+  uint64_t bytes() const override {
+    uint64_t sum = 0;
+    for (const auto& spec : specs_) sum += spec.bytes();
+    return sum;
+  }
+
+ private:
+  void add(io::TensorSpec spec, std::unique_ptr<MergeItem> item) {
+    by_name_[spec.name] = std::move(item);
+    specs_.push_back(std::move(spec));
+  }
+
+  void add(const MergePlan& plan, const MergeOutput& output) {
+    const bool stays_packed = output.whole == nullptr && base_.packed(*output.source) &&
+                              output.spec.name == output.source->name;
+    if (!stays_packed) return add(output.spec, std::make_unique<PlainItem>(plan, output));
+    const auto& layer = base_.layer(*output.source);
+    if (!output.changed()) {
+      for (const auto* part : layer.parts)
+        add({part->name, part->dtype, part->shape},
+            std::make_unique<PartItem>(output, base_, *part));
+      return;
+    }
+    auto matrix = std::make_shared<Repacked>(plan, output, base_);
+    for (const auto* info : layer.parts) {
+      const auto part = info->name.substr(layer.path.size());
+      if (part == kOrder) continue;
+      io::TensorSpec spec{info->name, info->dtype, info->shape};
+      if (part.starts_with(kState)) spec.shape = {info->shape[0] + kRoom};
+      if (part == "weight.zeros") spec.dtype = io::Dtype::u8;
+      const auto bytes = spec.bytes();
+      add(std::move(spec), std::make_unique<RepackedItem>(matrix, output, part, bytes));
+    }
+  }
+
+  const PackedBase& base_;
+  std::vector<io::TensorSpec> specs_;
+  std::map<std::string, std::unique_ptr<MergeItem>> by_name_;
+  std::optional<io::ShardedWriter> writer_;
+};
+
+const bool registered = register_merge_target(
+    "requantised", [](const MergePlan& plan, const MergeFilesOptions&, const MergePlace& place) {
+      return std::make_unique<RequantisedTarget>(plan, place);
+    });
+
+}  // namespace
+}  // namespace budwood::models
