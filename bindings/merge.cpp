@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <budwood/peft/merge.h>
+#include <budwood/peft/models/compare_logits.h>
 
 namespace py = pybind11;
 using namespace budwood;
@@ -82,6 +83,24 @@ void bind_merge(py::module_& m) {
       py::arg("model"), py::arg("adapters"), py::arg("merged"),
       py::call_guard<py::gil_scoped_release>(),
       "Compares a merged model with what the model and the adapters make.");
+  using models::LogitsComparison;
+  py::class_<LogitsComparison>(m, "LogitsComparison", "Logits of two models for one text.")
+      .def_readonly("tokens", &LogitsComparison::tokens)
+      .def_readonly("difference", &LogitsComparison::difference)
+      .def_readonly("size", &LogitsComparison::size)
+      .def_readonly("agreement", &LogitsComparison::agreement)
+      .def_property_readonly("relative", &LogitsComparison::relative);
+  m.def(
+      "compare_logits",
+      [](const std::string& model, const Adapters& adapters, const std::string& merged,
+         std::vector<int64_t> ids, int64_t count) {
+        return models::compare_logits(model, options_of(model, adapters, merged).adapters, merged,
+                                      std::move(ids), count);
+      },
+      py::arg("model"), py::arg("adapters"), py::arg("merged"),
+      py::arg("ids") = std::vector<int64_t>{}, py::arg("count") = 16,
+      py::call_guard<py::gil_scoped_release>(),
+      "Logits of a model with (adapter folder, weight) pairs beside those of the merged one.");
   py::class_<UnmergeFilesReport>(m, "UnmergeFilesReport", "What unmerge_files did.")
       .def_readonly("source", &UnmergeFilesReport::from)
       .def_readonly("restored", &UnmergeFilesReport::restored)

@@ -3,12 +3,13 @@
 
 #include <budwood/peft/convert.h>
 #include <budwood/peft/inject.h>
-#include <budwood/peft/models/registry.h>
-#include <budwood/peft/slot.h>
+#include <budwood/peft/models/compare_logits.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
 #include <iostream>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
 
 #include "verbs.h"
 
@@ -31,16 +32,10 @@ void add_adapters(CLI::App& verb, Adapters& adapters) {
 void merge_in_memory(const MergeFilesOptions& options, const Adapters& adapters) {
   if (options.into != "dequantised" || options.out.extension() == ".gguf")
     throw budwood::Error("merge", "with the model in memory, a folder of plain weights is written");
-  auto model = budwood::models::load(options.model, {.dtype = "auto"});
-  std::vector<std::string> names;
-  for (size_t i = 0; i < options.adapters.size(); ++i) {
-    names.push_back(fmt::format("adapter{}", i));
-    print_warnings(budwood::load_adapter(*model, options.adapters[i].path, names.back()).warnings);
-    for (const auto& module : model->modules())
-      if (const auto* slot = dynamic_cast<budwood::Slot*>(module.get()))
-        if (const auto adapter = slot->adapter(names.back()))
-          adapter->set_weight(options.adapters[i].weight);
-  }
+  std::vector<std::string> warnings, names;
+  auto model = budwood::models::load_adapted(options.model, options.adapters, {}, warnings);
+  print_warnings(warnings);
+  for (size_t i = 0; i < options.adapters.size(); ++i) names.push_back(fmt::format("adapter{}", i));
   budwood::merge(*model, names);
   budwood::models::save(*model, options.out,
                         {.dtype = options.dtype,
@@ -89,21 +84,58 @@ void run_merge(MergeFilesOptions& options, const Adapters& adapters, bool json) 
   }
 }
 
-bool run_verify(MergeFilesOptions& options, const Adapters& adapters, double tolerance, bool json) {
-  options.adapters = merge_sources(adapters.paths, adapters.weights);
-  const auto report = budwood::verify_files(options);
-  const bool passed = report.passed(tolerance);
-  if (json) {
-    std::cout << report.to_json(tolerance);
-    return passed;
+struct VerifyState {
+  MergeFilesOptions options;
+  Adapters adapters;
+  double tolerance = 1.0, logits_tolerance = 0.02;
+  int64_t random_tokens = 16;
+  std::vector<int64_t> tokens;
+  bool json = false;
+};
+
+// Nothing when the models cannot be run here.
+std::optional<budwood::models::LogitsComparison> logits_of(const VerifyState& state) {
+  if (state.tokens.empty() && state.random_tokens <= 0) return {};
+  try {
+    return budwood::models::compare_logits(state.options.model, state.options.adapters,
+                                           state.options.out, state.tokens, state.random_tokens);
+  } catch (const budwood::Error& error) {
+    if (!state.tokens.empty()) throw;
+    print_warnings({fmt::format("logits are not compared: {}", error.what())});
+    return {};
   }
-  for (const auto& fault : report.faults) std::cout << fault << "\n";
-  for (const auto& tensor : report.tensors)
-    if (!tensor.equal)
-      std::cout << fmt::format("  {:<48} {:>8.3g} steps  survival {:.4f}  error {:.3g} %\n",
-                               tensor.name, tensor.steps, tensor.survival, 100 * tensor.error);
-  std::cout << fmt::format("{} tensors compared: {} within {} steps\n", report.tensors.size(),
-                           passed ? "all" : "not all", tolerance);
+}
+
+bool run_verify(VerifyState& state) {
+  auto& options = state.options;
+  options.adapters = merge_sources(state.adapters.paths, state.adapters.weights);
+  const auto report = budwood::verify_files(options);
+  bool passed = report.passed(state.tolerance);
+  const auto logits = logits_of(state);
+  if (state.json) {
+    auto json = nlohmann::ordered_json::parse(report.to_json(state.tolerance));
+    if (logits)
+      json["logits"] = {{"tokens", logits->tokens},
+                        {"difference", logits->difference},
+                        {"relative", logits->relative()},
+                        {"agreement", logits->agreement},
+                        {"tolerance", state.logits_tolerance}};
+    std::cout << json.dump(2) << "\n";
+  } else {
+    for (const auto& fault : report.faults) std::cout << fault << "\n";
+    for (const auto& tensor : report.tensors)
+      if (!tensor.equal)
+        std::cout << fmt::format("  {:<48} {:>8.3g} steps  survival {:.4f}  error {:.3g} %\n",
+                                 tensor.name, tensor.steps, tensor.survival, 100 * tensor.error);
+    std::cout << fmt::format("{} tensors compared: {} within {} steps\n", report.tensors.size(),
+                             passed ? "all" : "not all", state.tolerance);
+    if (logits)
+      std::cout << fmt::format("logits of {} tokens: {:.3g} apart, {:.3g} of the largest ({} is "
+                               "allowed); the same best token at {:.1f} %\n",
+                               logits->tokens, logits->difference, logits->relative(),
+                               state.logits_tolerance, 100 * logits->agreement);
+  }
+  if (logits) passed &= logits->relative() <= state.logits_tolerance;
   return passed;
 }
 
@@ -142,13 +174,7 @@ void add_merge(CLI::App& app) {
 }
 
 void add_verify(CLI::App& app) {
-  struct State {
-    MergeFilesOptions options;
-    Adapters adapters;
-    double tolerance = 1.0;
-    bool json = false;
-  };
-  const auto state = std::make_shared<State>();
+  const auto state = std::make_shared<VerifyState>();
   auto* verb =
       app.add_subcommand("verify", "Compare a merged model with what model and adapters make");
   verb->add_option("--model", state->options.model, "Hugging Face folder or GGUF file")->required();
@@ -157,10 +183,16 @@ void add_verify(CLI::App& app) {
   verb->add_option("--tolerance", state->tolerance,
                    "Allowed distance from the exact value, in steps of the dtype")
       ->capture_default_str();
+  verb->add_option("--random-tokens", state->random_tokens,
+                   "Tokens whose logits are compared; 0 = none")
+      ->capture_default_str();
+  verb->add_option("--tokens", state->tokens, "Or: ids of these")->delimiter(',');
+  verb->add_option("--logits-tolerance", state->logits_tolerance,
+                   "Allowed difference of logits, over the largest logit")
+      ->capture_default_str();
   verb->add_flag("--json", state->json, "Print JSON");
   verb->callback([state] {
-    if (!run_verify(state->options, state->adapters, state->tolerance, state->json))
-      throw CLI::RuntimeError(1);
+    if (!run_verify(*state)) throw CLI::RuntimeError(1);
   });
 }
 

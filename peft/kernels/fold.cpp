@@ -3,6 +3,8 @@
 #include <budwood/quant/kernels/isa.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstddef>
 #include <vector>
 
 namespace budwood::kernels {
@@ -71,7 +73,10 @@ void add_product(double* panel, int64_t rows, int64_t cols, Factor left, Factor 
     for (int64_t k = 0; k < rank; ++k) {
       double* to = block.data() + k * kFoldColumns;
       const float* from = right.data + begin * right.stride + k * right.rank_stride;
-      for (int64_t j = 0; j < count; ++j) to[j] = right.scale * from[j * right.stride];
+      if (right.stride == 1 && right.scale == 1.0)
+        path().fp32_to_fp64(from, to, count);
+      else
+        for (int64_t j = 0; j < count; ++j) to[j] = right.scale * from[j * right.stride];
     }
     const int64_t whole = count / 8 * 8;
     for (int64_t i = 0; i < rows; ++i) {
@@ -80,10 +85,8 @@ void add_product(double* panel, int64_t rows, int64_t cols, Factor left, Factor 
       path().add_row(sums, whole, own, block.data(), rank);
       for (int64_t j = whole; j < count; ++j) {
         double sum = sums[j];
-        for (int64_t k = 0; k < rank; ++k) {
-          const double product = own[k] * block[static_cast<size_t>(k * kFoldColumns + j)];
-          sum += product;
-        }
+        for (int64_t k = 0; k < rank; ++k)
+          sum = std::fma(own[k], block[static_cast<size_t>(k * kFoldColumns + j)], sum);
         sums[j] = sum;
       }
     }
@@ -113,6 +116,21 @@ FoldSums sums_of(const double* before, const double* after, const double* writte
   for (int64_t j = 0; j < kFoldChains; ++j)
     sums.add({chains[0][j], chains[1][j], chains[2][j], chains[3][j]});
   return sums;
+}
+
+bool round_and_sum(const double* before, const double* after, FloatType type, void* dst, int64_t n,
+                   FoldSums& sums) {
+  constexpr int64_t kPiece = 512;
+  double written[kPiece];
+  bool finite = true;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t count = std::min(kPiece, n - i);
+    auto* to = static_cast<std::byte*>(dst) + i * quant::kernels::float_bytes(type);
+    finite &= round_once(after + i, type, to, count);
+    widen(type, to, written, count);
+    sums.add(sums_of(before + i, after + i, written, count));
+  }
+  return finite;
 }
 
 void add_column_squares(const double* panel, int64_t rows, int64_t cols, double* sums) {

@@ -27,7 +27,7 @@ struct Factor {
 };
 
 /// panel [rows, cols], contiguous, += left right with left (row, k) and right (column, k). Every
-/// number is a sum over the ranks in their order, products rounded before they are added.
+/// number is a sum over the ranks in their order, each product added before it is rounded.
 void add_product(double* panel, int64_t rows, int64_t cols, Factor left, Factor right,
                  int64_t rank);
 
@@ -40,6 +40,10 @@ struct FoldSums {
   void add(const FoldSums& other);
 };
 FoldSums sums_of(const double* before, const double* after, const double* written, int64_t n);
+
+/// round_once of `after`, and the sums, in one pass over the memory.
+bool round_and_sum(const double* before, const double* after, FloatType type, void* dst, int64_t n,
+                   FoldSums& sums);
 
 /// sums[j] += the squares of column j of a panel [rows, cols], one row after the other.
 void add_column_squares(const double* panel, int64_t rows, int64_t cols, double* sums);

@@ -56,9 +56,14 @@ const bool registered = register_merge_target(
 MergePiece PlainItem::make(int64_t piece) {
   if (rows_.is_copy()) return {rows_.copied(piece), {}};
   thread_local OutputRows::Values values;
-  thread_local std::vector<double> written;
   rows_.make(piece, values);
-  MergePiece made{rows_.rounded(values.after, piece), {}};
+  MergePiece made;
+  if (values.trained.empty()) {
+    made.bytes = rows_.rounded(values, piece, made.sums);
+    return made;
+  }
+  thread_local std::vector<double> written;
+  made.bytes = rows_.rounded(values.after, piece);
   rows_.widen(made.bytes, written);
   add_sums(made, values, written);
   return made;

@@ -104,13 +104,29 @@ std::vector<std::byte> OutputRows::rounded(const std::vector<double>& after, int
   std::vector<std::byte> bytes(after.size() *
                                static_cast<size_t>(quant::kernels::float_bytes(type)));
   if (!kernels::round_once(after.data(), type, bytes.data(), static_cast<int64_t>(after.size())))
-    throw Error(
-        "merge_files",
-        fmt::format("{}: rows {} to {} hold values that are not finite in {}; nothing was "
-                    "written",
-                    io::in_quotes(output_.spec.name), panel * step_,
-                    std::min(rows_, (panel + 1) * step_), io::dtype_name(output_.spec.dtype)));
+    refuse(panel);
   return bytes;
+}
+
+std::vector<std::byte> OutputRows::rounded(const Values& values, int64_t panel,
+                                           kernels::FoldSums& sums) const {
+  const auto type = *float_type(output_.spec.dtype);
+  const auto& after = values.after;
+  std::vector<std::byte> bytes(after.size() *
+                               static_cast<size_t>(quant::kernels::float_bytes(type)));
+  if (!kernels::round_and_sum(values.before.data(), after.data(), type, bytes.data(),
+                              static_cast<int64_t>(after.size()), sums))
+    refuse(panel);
+  return bytes;
+}
+
+void OutputRows::refuse(int64_t panel) const {
+  throw Error("merge_files",
+              fmt::format("{}: rows {} to {} hold values that are not finite in {}; nothing was "
+                          "written",
+                          io::in_quotes(output_.spec.name), panel * step_,
+                          std::min(rows_, (panel + 1) * step_),
+                          io::dtype_name(output_.spec.dtype)));
 }
 
 void OutputRows::widen(const std::vector<std::byte>& bytes, std::vector<double>& values) const {

@@ -34,6 +34,9 @@ class OutputRows {
   void make(int64_t panel, Values& values);
   /// `after` in the output's dtype, each number rounded once. Throws when one is not finite.
   std::vector<std::byte> rounded(const std::vector<double>& after, int64_t panel) const;
+  /// The same, and the sums of the panel.
+  std::vector<std::byte> rounded(const Values& values, int64_t panel,
+                                 kernels::FoldSums& sums) const;
   /// Bytes of this output's dtype as fp64.
   void widen(const std::vector<std::byte>& bytes, std::vector<double>& values) const;
   /// First byte and bytes of a panel in the output's dtype.
@@ -55,6 +58,7 @@ class OutputRows {
                     std::unique_ptr<PackedRows>& opened, int64_t begin, int64_t rows,
                     std::vector<double>& values);
   const Folding& folding();
+  [[noreturn]] void refuse(int64_t panel) const;
   void replace_rows(double* values, int64_t begin, int64_t rows) const;
 
   const MergePlan& plan_;

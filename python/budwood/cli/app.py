@@ -373,13 +373,21 @@ def verify(
     tolerance: Annotated[
         float, Option(metavar="STEPS", help="Allowed distance, in steps of the dtype.")
     ] = 1.0,
+    random_tokens: Annotated[
+        int, Option(metavar="N", help="Tokens whose logits are compared; 0 = none.")
+    ] = 16,
+    tokens: Annotated[str | None, Option(metavar="IDS", help="Or: these, as 1,15,7.")] = None,
+    logits_tolerance: Annotated[
+        float, Option(metavar="PART", help="Allowed difference, over the largest logit.")
+    ] = 0.02,
     json: Json = False,
 ) -> None:
     """Compare a merged model with what model and adapters make.
 
     Of each changed value the distance from the exact one is measured in steps between neighbouring
     numbers of its dtype: at most half a step when it was rounded once. What no adapter changes has
-    to be the model's byte for byte. The exit status is 1 above the tolerance.
+    to be the model's byte for byte. Then both models are run on some tokens. The exit status is 1
+    above a tolerance.
     """
     from . import verify as verb
 
@@ -389,6 +397,9 @@ def verify(
         weights=weight or [],
         merged=merged,
         tolerance=tolerance,
+        tokens=tokens,
+        random_tokens=random_tokens,
+        logits_tolerance=logits_tolerance,
         as_json=json,
     )
     if not passed:

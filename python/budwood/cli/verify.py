@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+from .. import _C
+from ..errors import Error
 from .console import Output
 
 SHOWN = 10
@@ -18,14 +20,26 @@ def run(
     weights: list[float],
     merged: Path,
     tolerance: float,
+    tokens: str | None,
+    random_tokens: int,
+    logits_tolerance: float,
     as_json: bool,
 ) -> bool:
     """Prints how a merged model stands to what it should be; whether it is within the tolerance."""
-    from ..merging import verify_files
+    from ..merging import verify_files, with_weights
 
     output = Output(as_json)
     report = verify_files(model, adapters, merged, weights=weights)
     passed = report.passed(tolerance)
+    logits = None
+    if tokens or random_tokens > 0:
+        pairs = with_weights(adapters, weights)
+        try:
+            logits = _C.compare_logits(model, pairs, str(merged), ids_of(tokens), random_tokens)
+        except Error as error:
+            if tokens:
+                raise
+            output.warn(f"logits are not compared: {error}")
     for fault in report.faults:
         output.warn(fault)
     changed = [tensor for tensor in report.tensors if tensor.delta_norm > 0]
@@ -47,10 +61,37 @@ def run(
             ("verdict", f"{'within' if passed else 'not within'} {tolerance:g} steps"),
         ]
     )
+    values = json.loads(report.to_json(tolerance))
+    if logits is not None:
+        passed = passed and logits.relative <= logits_tolerance
+        output.figures(
+            [
+                (
+                    "logits",
+                    f"{logits.relative:.2g} of the largest apart, {logits_tolerance:g} is allowed",
+                ),
+                ("best token", f"the same at {logits.agreement:.1%} of {logits.tokens} positions"),
+            ]
+        )
+        values["logits"] = {
+            "tokens": logits.tokens,
+            "difference": logits.difference,
+            "relative": logits.relative,
+            "agreement": logits.agreement,
+            "tolerance": logits_tolerance,
+        }
     if rows:
         output.table(
             [("tensor", "left"), ("steps", "right"), ("survival", "right"), ("error", "right")],
             rows,
         )
-    output.result(json.loads(report.to_json(tolerance)))
+    output.result(values)
     return passed
+
+
+def ids_of(text: str | None) -> list[int]:
+    """'1,2,3' -> [1, 2, 3]."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise Error(f"[verify] --tokens is {text!r}, wanted ids such as 1,15,7") from None

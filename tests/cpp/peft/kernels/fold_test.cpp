@@ -61,8 +61,7 @@ TEST_CASE("a product is added in the order of its ranks, with the same bits ever
           for (int64_t k = 0; k < rank; ++k) {
             const double a = 1.7 * left[static_cast<size_t>(i + k * rows)];
             const double b = 0.3 * right[static_cast<size_t>(j * rank + k)];
-            volatile double product = a * b;
-            sum += product;
+            sum = std::fma(a, b, sum);
           }
           wanted[static_cast<size_t>(i * cols + j)] = sum;
         }
