@@ -1,5 +1,6 @@
 #include <budwood/peft/io/text.h>
 #include <budwood/peft/merge/adapter_file.h>
+#include <budwood/peft/methods/lora_config.h>
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/half.h>
 #include <fmt/format.h>
@@ -9,6 +10,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <nlohmann/json.hpp>
 
 namespace budwood {
 namespace {
@@ -119,6 +121,19 @@ FloatArray float_array(const io::TensorInfo& tensor) {
   return array;
 }
 
+std::shared_ptr<const AdapterConfig> read_config_of_files(const fs::path& folder,
+                                                          std::vector<std::string>& parameters) {
+  const auto path = folder / "adapter_config.json";
+  auto json = io::parse_json(io::read_file(path), path.string());
+  const char* key = "target_parameters";
+  if (json.is_object() && json.contains(key) && json[key].is_array()) {
+    for (const auto& name : json[key])
+      if (name.is_string()) parameters.push_back(name.get<std::string>());
+    json.erase(key);
+  }
+  return parse_adapter_config(json.dump(), Strictness::lenient, path.string());
+}
+
 AdapterFile AdapterFile::open(const fs::path& folder, const fs::path& model) {
   if (!model.empty() && !is_peft_folder(folder) && converter()) {
     const TemporaryFolder other;
@@ -128,7 +143,8 @@ AdapterFile AdapterFile::open(const fs::path& folder, const fs::path& model) {
       return adapter;
     }
   }
-  const std::shared_ptr<const AdapterConfig> config = load_adapter_config(folder);
+  std::vector<std::string> parameters;
+  const auto config = read_config_of_files(folder, parameters);
   const auto* method = find_fold(config->peft_type);
   if (method == nullptr)
     throw Error("merge", fmt::format("{} is {} and cannot be merged: what it does is no change of "
@@ -138,12 +154,14 @@ AdapterFile AdapterFile::open(const fs::path& folder, const fs::path& model) {
   adapter.folder_ = folder;
   adapter.config_ = config;
   adapter.method_ = method;
+  adapter.target_parameters_ = parameters;
   std::vector<std::string> unknown;
   for (const auto& tensor : adapter.file_.tensors()) adapter.sort_out(tensor, unknown);
   if (!unknown.empty())
     throw Error("merge", fmt::format("{} holds tensors that are not of HF PEFT's layout: {}",
                                      folder.string(), fmt::join(unknown, ", ")));
-  if (adapter.modules_.empty() && adapter.whole_.empty() && adapter.token_rows_.empty())
+  if (!parameters.empty()) adapter.find_stacks();
+  if (adapter.modules_.empty() && adapter.stacks_.empty() && adapter.whole_.empty() && adapter.token_rows_.empty())
     throw Error("merge", fmt::format("{} holds no tensors", folder.string()));
   return adapter;
 }
@@ -172,6 +190,61 @@ void AdapterFile::sort_out(const io::TensorInfo& tensor, std::vector<std::string
   if (const auto at = plain.rfind(kBase); at != std::string::npos)
     plain.replace(at, kBase.size(), ".");
   whole_[plain] = &tensor;
+}
+
+// Modules of the file that are stacks: wrappers of parameters, one inside the other.
+void AdapterFile::find_stacks() {
+  constexpr std::string_view inner = ".base_layer";
+  for (const auto& [path, table] : modules_) {
+    auto module = path;
+    while (module.ends_with(inner)) module.resize(module.size() - inner.size());
+    const bool named = std::any_of(
+        target_parameters_.begin(), target_parameters_.end(), [&](const std::string& parameter) {
+          const auto dot = parameter.rfind('.');
+          const auto owner = dot == std::string::npos ? "" : parameter.substr(0, dot);
+          return owner.empty() || module == owner || module.ends_with("." + owner);
+        });
+    const auto* b = file_.find(fmt::format("{}{}.lora_B.weight", kPrefix, path));
+    const auto* lora = dynamic_cast<const LoraConfig*>(config_.get());
+    if (named && b && lora && b->shape.size() == 2 && b->shape[1] > lora->rank(module))
+      stacks_[module].push_back(path);
+  }
+  for (auto& [module, paths] : stacks_) {
+    for (const auto& path : paths) modules_.erase(path);
+    std::sort(paths.begin(), paths.end(),
+              [](const auto& a, const auto& b) { return a.size() > b.size(); });
+  }
+}
+
+std::vector<std::string> AdapterFile::stack_paths() const {
+  std::vector<std::string> all;
+  for (const auto& [path, inside] : stacks_) all.push_back(path);
+  return all;
+}
+
+std::vector<AdapterFile::Stack> AdapterFile::stacks(const std::string& path) const {
+  std::vector<Stack> all;
+  for (const auto& file_path : stacks_.at(path)) {
+    const FileModule tensors(file_, file_path);
+    all.push_back({file_path, tensors.at("lora_A.weight", 2), tensors.at("lora_B.weight", 2)});
+  }
+  return all;
+}
+
+FoldTerm AdapterFile::expert_term(const Stack& stack, const std::string& parameter,
+                                  int64_t expert, int64_t first, int64_t rows) const {
+  const auto& lora = static_cast<const LoraConfig&>(*config_);
+  const int64_t rank = lora.rank(parameter), in = stack.a.shape[1];
+  const int64_t experts = stack.a.shape[0] / rank;
+  FoldTerm term{.scaling = lora.scaling(parameter)};
+  const auto begin = stack.a.values.begin() + expert * rank * in;
+  term.a = {{rank, in}, {begin, begin + rank * in}};
+  term.b = {{rows, rank}, std::vector<float>(static_cast<size_t>(rows * rank))};
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < rank; ++k)
+      term.b.values[static_cast<size_t>(row * rank + k)] =
+          stack.b.values[static_cast<size_t>(((first + row) * rank + k) * experts + expert)];
+  return term;
 }
 
 FoldTerm AdapterFile::term(const std::string& module) const {

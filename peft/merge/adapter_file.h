@@ -26,6 +26,11 @@ bool register_adapter_converter(AdapterConverter converter);
 /// Whether a path is a folder of HF PEFT's layout.
 bool is_peft_folder(const std::filesystem::path& path);
 
+/// The configuration of an adapter folder; target_parameters, which no slot takes and the files of
+/// a model do, are taken out of it.
+std::shared_ptr<const AdapterConfig> read_config_of_files(const std::filesystem::path& folder,
+                                                          std::vector<std::string>& parameters);
+
 /// An adapter folder of HF PEFT's layout, sorted by what each tensor is for. Paths are relative to
 /// the base model, as in the adapter: "model.layers.0.self_attn.q_proj".
 class AdapterFile {
@@ -41,6 +46,21 @@ class AdapterFile {
   /// Modules whose weight is changed by a formula, and whether it is a token table.
   const std::map<std::string, bool>& modules() const { return modules_; }
   FoldTerm term(const std::string& module) const;
+  /// HF PEFT's target_parameters: stacks of matrices, one for each expert, that are no modules.
+  const std::vector<std::string>& target_parameters() const { return target_parameters_; }
+  /// Factors of such a stack, by the path in the file; both have a rank for each expert.
+  struct Stack {
+    std::string file_path;  ///< "model.layers.0.mlp.experts.base_layer"
+    FloatArray a;           ///< [experts r, in]: expert by expert
+    FloatArray b;           ///< [out, r experts]: rank by rank
+  };
+  /// Those below the module of that path, the innermost first.
+  std::vector<Stack> stacks(const std::string& path) const;
+  /// Paths that have some.
+  std::vector<std::string> stack_paths() const;
+  /// What of a stack changes one expert's rows [first, first + rows) of out.
+  FoldTerm expert_term(const Stack& stack, const std::string& parameter, int64_t expert,
+                       int64_t first, int64_t rows) const;
   /// Tensors that take the place of the model's, by the model's name: whole modules, biases,
   /// tables.
   const std::map<std::string, const io::TensorInfo*>& whole() const { return whole_; }
@@ -51,6 +71,7 @@ class AdapterFile {
 
  private:
   explicit AdapterFile(io::SafetensorsFile file) : file_(std::move(file)) {}
+  void find_stacks();
   void sort_out(const io::TensorInfo& tensor, std::vector<std::string>& unknown);
 
   std::filesystem::path folder_;
@@ -58,6 +79,8 @@ class AdapterFile {
   const FoldMethod* method_ = nullptr;
   io::SafetensorsFile file_;
   std::map<std::string, bool> modules_;
+  std::vector<std::string> target_parameters_;
+  std::map<std::string, std::vector<std::string>> stacks_;  // paths in the file, by module
   std::map<std::string, const io::TensorInfo*> whole_, token_rows_;
 };
 

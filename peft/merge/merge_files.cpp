@@ -114,7 +114,8 @@ std::optional<std::string> why_not_streamed(const MergeFilesOptions& options) {
     if (fs::exists(source.path / "adapter_model.bin") && !is_peft_folder(source.path))
       return source.path.string() + " has no adapter_model.safetensors";
     if (!is_peft_folder(source.path)) continue;
-    const auto adapter = load_adapter_config(source.path);
+    std::vector<std::string> parameters;
+    const auto adapter = read_config_of_files(source.path, parameters);
     const auto* method = find_fold(adapter->peft_type);
     if (method == nullptr || !method->needs_model) continue;
     if (const auto why = method->needs_model(*adapter)) return source.path.string() + " is " + *why;

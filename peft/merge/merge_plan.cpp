@@ -74,6 +74,7 @@ MergePlan::MergePlan(const MergeFilesOptions& options)
     add_whole(*adapters[i], options.adapters[i].weight);
     add_token_rows(*adapters[i]);
     add(*adapters[i], options.adapters[i].weight);
+    add_stacks(*adapters[i], options.adapters[i].weight);
     check_targets(*adapters[i]);
   }
   if (!faults_.empty())
@@ -307,6 +308,11 @@ void MergePlan::add_token_rows(const AdapterFile& adapter) {
 
 // The modules that the configuration means, and that the file says nothing about.
 void MergePlan::check_targets(const AdapterFile& adapter) {
+  const auto rules = adapter.config().target_rules();
+  // With parameters alone there is no default for modules.
+  if (!adapter.target_parameters().empty() && rules &&
+      std::holds_alternative<std::monostate>(rules->target_modules))
+    return;
   std::vector<std::string> matched;
   try {
     matched =

@@ -7,16 +7,29 @@
 #include <budwood/peft/merge/merge_base.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace budwood {
+
+/// Of a stack of experts, what changes a tensor.
+struct ExpertEdit {
+  std::shared_ptr<const AdapterFile::Stack> stack;
+  std::string parameter;   ///< path of the stack in transformers' model
+  int64_t expert = 0;      ///< of a tensor [out, in] that is one expert's
+  int64_t first = 0;       ///< and which of the stack's rows it holds
+  bool all = false;        ///< the tensor [experts, ...] is the stack
+};
 
 /// A module of an adapter that changes a tensor.
 struct Edit {
   const AdapterFile* adapter = nullptr;
   std::string module;
   double weight = 1.0;
+  std::optional<ExpertEdit> experts = {};
+  /// Of a tensor that is a stack, for one of its matrices.
+  FoldTerm term(const std::vector<int64_t>& shape, int64_t expert = 0) const;
 };
 
 /// A tensor that is written.
@@ -50,6 +63,10 @@ struct MergePlan {
  private:
   MergeOutput* output_of(const std::string& name);
   void add(const AdapterFile& adapter, double weight);
+  void add_stacks(const AdapterFile& adapter, double weight);
+  void add_stack(const AdapterFile& adapter, double weight, const std::string& parameter,
+                 std::shared_ptr<const AdapterFile::Stack> stack);
+  bool holds(const std::string& parameter, const AdapterFile::Stack& stack, int64_t experts);
   void add_whole(const AdapterFile& adapter, double weight);
   void add_token_rows(const AdapterFile& adapter);
   void check_targets(const AdapterFile& adapter);

@@ -52,6 +52,12 @@ OutputRows::OutputRows(const MergePlan& plan, const MergeOutput& output, bool wh
   const bool flat = output.edits.empty() && output.rows.empty() && !is_packed && !whole_rows;
   // A vector that is changed or packed is one row.
   rows_ = count == 0 || flat ? count : shape.size() < 2 ? 1 : shape[0];
+  const bool stack = shape.size() == 3 && !output.edits.empty();
+  if (stack) {
+    experts_ = shape[0];
+    rows_ = shape[0] * shape[1];
+  }
+  folding_.resize(static_cast<size_t>(experts_));
   cols_ = rows_ == 0 ? 0 : count / rows_;
   step_ = std::max<int64_t>(1, kPanelElements / std::max<int64_t>(1, cols_));
 }
@@ -64,7 +70,8 @@ bool OutputRows::is_copy() const {
 }
 
 void OutputRows::done() {
-  folding_.reset();
+  folding_.clear();
+  folding_.resize(static_cast<size_t>(experts_));
   packed_.reset();
   trained_.reset();
 }
@@ -88,7 +95,7 @@ void OutputRows::make(int64_t panel, Values& values) {
   if (output_.bias)
     folding().apply_to_bias(values.after.data(), cols_);
   else if (!output_.edits.empty())
-    folding().apply(values.after.data(), begin, rows);
+    fold(values.after.data(), begin, rows);
   replace_rows(values.after.data(), begin, rows);
   values.trained.clear();
   if (plan_.trained == nullptr || output_.edits.empty() || output_.bias) return;
@@ -173,12 +180,24 @@ void OutputRows::wide(int64_t begin, int64_t rows, std::vector<double>& values) 
   kernels::widen(*float_type(stored().dtype), bytes.data(), values.data(), rows * cols_);
 }
 
-const Folding& OutputRows::folding() {
+// Rows of one expert after the other.
+void OutputRows::fold(double* values, int64_t begin, int64_t rows) {
+  const int64_t each = rows_ / experts_;
+  for (int64_t row = begin; row < begin + rows;) {
+    const int64_t expert = row / each, first = row % each;
+    const int64_t count = std::min(each - first, begin + rows - row);
+    folding(expert).apply(values + (row - begin) * cols_, first, count);
+    row += count;
+  }
+}
+
+const Folding& OutputRows::folding(int64_t expert) {
   const std::lock_guard lock(mutex_);
-  if (folding_) return *folding_;
+  auto& folding = folding_[static_cast<size_t>(expert)];
+  if (folding) return *folding;
   std::vector<WeightedTerm> terms;
   for (const auto& edit : output_.edits)
-    terms.push_back({edit.adapter->term(edit.module), edit.weight});
+    terms.push_back({edit.term(output_.spec.shape, expert), edit.weight});
   const auto panels = [&](const std::function<void(double*, int64_t, int64_t)>& use) {
     std::vector<double> values;
     for (int64_t begin = 0; begin < rows_; begin += step_) {
@@ -187,8 +206,8 @@ const Folding& OutputRows::folding() {
       use(values.data(), begin, rows);
     }
   };
-  folding_ = std::make_unique<Folding>(std::move(terms), output_.transposed, cols_, panels);
-  return *folding_;
+  folding = std::make_unique<Folding>(std::move(terms), output_.transposed, cols_, panels);
+  return *folding;
 }
 
 void OutputRows::replace_rows(double* values, int64_t begin, int64_t rows) const {

@@ -57,7 +57,8 @@ class OutputRows {
   void widen_packed(const MergeBase& base, const io::TensorInfo& tensor,
                     std::unique_ptr<PackedRows>& opened, int64_t begin, int64_t rows,
                     std::vector<double>& values);
-  const Folding& folding();
+  const Folding& folding(int64_t expert = 0);
+  void fold(double* values, int64_t begin, int64_t rows);
   [[noreturn]] void refuse(int64_t panel) const;
   void replace_rows(double* values, int64_t begin, int64_t rows) const;
 
@@ -66,7 +67,8 @@ class OutputRows {
   bool whole_rows_;
   int64_t rows_ = 0, cols_ = 0, step_ = 1;
   std::mutex mutex_;
-  std::unique_ptr<Folding> folding_;
+  int64_t experts_ = 1;  // matrices in the tensor, one below the other
+  std::vector<std::unique_ptr<Folding>> folding_;
   std::mutex opening_;
   std::unique_ptr<PackedRows> packed_, trained_;
 };

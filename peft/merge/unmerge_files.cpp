@@ -136,7 +136,7 @@ UnmergeFilesReport by_subtraction(const UnmergeFilesOptions& options) {
     for (const auto& output : plan.outputs) {
       bool additive = output.whole == nullptr && output.rows.empty();
       for (const auto& edit : output.edits) {
-        const auto term = edit.adapter->term(edit.module);
+        const auto term = edit.term(output.spec.shape);
         additive &= !term.gain.defined() && !term.magnitude.defined() && !term.input_gain.defined();
       }
       if (!additive) more.push_back(output.spec.name);

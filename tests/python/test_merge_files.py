@@ -582,3 +582,59 @@ def test_a_resized_vocabulary_comes_with_the_adapter(is_tied, tmp_path):
     save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(budwood.Error, match=r"to 67 rows, and nothing to lm_head\.weight"):
         budwood.merge_files(tmp_path / "model", tmp_path / "adapter", tmp_path / "no")
+
+
+def mixture(family):
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+    }
+    if family == "mixtral":
+        return transformers.MixtralConfig(num_local_experts=4, **sizes)
+    if family == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(
+            num_experts=4, moe_intermediate_size=24, head_dim=8, **sizes
+        )
+    if family == "square":  # [experts, in, out] with in = out
+        sizes["intermediate_size"] = 32
+    layers = ["full_attention"] * 2
+    return transformers.GptOssConfig(num_local_experts=4, head_dim=8, layer_types=layers, **sizes)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "square"])
+@pytest.mark.parametrize(
+    "parameters",
+    [["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ["mlp.experts.down_proj"]],
+)
+def test_stacks_of_experts(family, parameters, tmp_path):
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(mixture(family)).eval()
+    base.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=parameters, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    report = budwood.merge_files(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        assert not torch.allclose(base(ids).logits, wanted, atol=1e-3)
+        assert torch.allclose(merged(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert len(report.merged) > 2
+    assert budwood.verify_files(tmp_path / "model", tmp_path / "adapter", tmp_path / "out").passed(
+        0.5
+    )
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
+    stored[key] = torch.zeros(8, 7)
+    save_file(stored, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(budwood.Error, match="no parameter of the model has the sizes"):
+        budwood.merge_files(tmp_path / "model", tmp_path / "adapter", tmp_path / "no")
