@@ -79,10 +79,10 @@ void add_product(double* panel, int64_t rows, int64_t cols, Factor left, Factor 
         for (int64_t j = 0; j < count; ++j) to[j] = right.scale * from[j * right.stride];
     }
     const int64_t whole = count / 8 * 8;
+    path().add_rows(panel + begin, cols, rows, whole, factors.data(), block.data(), rank);
     for (int64_t i = 0; i < rows; ++i) {
       double* sums = panel + i * cols + begin;
       const double* own = factors.data() + i * rank;
-      path().add_row(sums, whole, own, block.data(), rank);
       for (int64_t j = whole; j < count; ++j) {
         double sum = sums[j];
         for (int64_t k = 0; k < rank; ++k)

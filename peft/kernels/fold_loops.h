@@ -9,8 +9,8 @@
 #include <immintrin.h>
 #endif
 
-// Multiplications and additions are fused where this text says so and nowhere else: the same bits on
-// every instruction set.
+// Multiplications and additions are fused where this text says so and nowhere else: the same bits
+// on every instruction set.
 namespace budwood::kernels {
 namespace {
 
@@ -48,22 +48,42 @@ inline Doubles fused(double a, Doubles b, Doubles c) {
 }
 #endif
 
-template <int kVectors>
-void add_columns(double* sums, const double* left, const double* right, int64_t rank) {
-  Doubles sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = load_wide(sums + v * kWide);
+template <int kRows, int kVectors>
+void add_columns(double* sums, int64_t stride, const double* left, const double* right,
+                 int64_t rank) {
+  Doubles sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load_wide(sums + r * stride + v * kWide);
   for (int64_t k = 0; k < rank; ++k) {
-    const double factor = left[k];
-    for (int v = 0; v < kVectors; ++v)
-      sum[v] = fused(factor, load_wide(right + k * kFoldColumns + v * kWide), sum[v]);
+    Doubles factors[kVectors];
+    for (int v = 0; v < kVectors; ++v) factors[v] = load_wide(right + k * kFoldColumns + v * kWide);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = fused(left[r * rank + k], factors[v], sum[r][v]);
   }
-  for (int v = 0; v < kVectors; ++v) std::memcpy(sums + v * kWide, &sum[v], sizeof sum[v]);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v)
+      std::memcpy(sums + r * stride + v * kWide, &sum[r][v], sizeof sum[r][v]);
 }
 
-void add_row(double* sums, int64_t cols, const double* left, const double* right, int64_t rank) {
+template <int kRows>
+void add_some_rows(double* sums, int64_t stride, int64_t cols, const double* left,
+                   const double* right, int64_t rank) {
+  constexpr int kVectors = 2;
   int64_t j = 0;
-  for (; j + 8 * kWide <= cols; j += 8 * kWide) add_columns<8>(sums + j, left, right + j, rank);
-  for (; j < cols; j += kWide) add_columns<1>(sums + j, left, right + j, rank);
+  for (; j + kVectors * kWide <= cols; j += kVectors * kWide)
+    add_columns<kRows, kVectors>(sums + j, stride, left, right + j, rank);
+  for (; j < cols; j += kWide) add_columns<kRows, 1>(sums + j, stride, left, right + j, rank);
+}
+
+void add_rows(double* sums, int64_t stride, int64_t rows, int64_t cols, const double* left,
+              const double* right, int64_t rank) {
+  constexpr int64_t kRows = 4;
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows)
+    add_some_rows<kRows>(sums + i * stride, stride, cols, left + i * rank, right, rank);
+  for (; i < rows; ++i)
+    add_some_rows<1>(sums + i * stride, stride, cols, left + i * rank, right, rank);
 }
 
 void bf16_to_fp64(const uint16_t* src, double* dst, int64_t n) {
@@ -198,7 +218,7 @@ void add_sums(const double* before, const double* after, const double* written, 
       for (int64_t l = 0; l < kWide; ++l) sums[s][v * kWide + l] += all[s][v][l];
 }
 
-constexpr FoldPath kFoldPath = {add_row,    bf16_to_fp64, fp32_to_fp64, round_fp32,
+constexpr FoldPath kFoldPath = {add_rows,   bf16_to_fp64, fp32_to_fp64, round_fp32,
                                 round_bf16, round_to_odd, add_sums};
 
 }  // namespace

@@ -11,10 +11,10 @@ constexpr int64_t kFoldColumns = 256;
 constexpr int64_t kFoldChains = 8;
 
 struct FoldPath {
-  /// sums [cols] += left [rank] right [rank, kFoldColumns], cols a multiple of 8 up to
-  /// kFoldColumns.
-  void (*add_row)(double* sums, int64_t cols, const double* left, const double* right,
-                  int64_t rank);
+  /// sums [rows, cols], rows `stride` apart, += left [rows, rank] right [rank, kFoldColumns]; cols
+  /// is a multiple of 8 up to kFoldColumns.
+  void (*add_rows)(double* sums, int64_t stride, int64_t rows, int64_t cols, const double* left,
+                   const double* right, int64_t rank);
   void (*bf16_to_fp64)(const uint16_t* src, double* dst, int64_t n);
   void (*fp32_to_fp64)(const float* src, double* dst, int64_t n);
   bool (*round_fp32)(const double* src, float* dst, int64_t n);
