@@ -130,10 +130,11 @@ bool run_verify(VerifyState& state) {
     std::cout << fmt::format("{} tensors compared: {} within {} steps\n", report.tensors.size(),
                              passed ? "all" : "not all", state.tolerance);
     if (logits)
-      std::cout << fmt::format("logits of {} tokens: {:.3g} apart, {:.3g} of the largest ({} is "
-                               "allowed); the same best token at {:.1f} %\n",
-                               logits->tokens, logits->difference, logits->relative(),
-                               state.logits_tolerance, 100 * logits->agreement);
+      std::cout << fmt::format(
+          "logits of {} tokens: {:.3g} apart, {:.3g} of the largest ({} is "
+          "allowed); the same best token at {:.1f} %\n",
+          logits->tokens, logits->difference, logits->relative(), state.logits_tolerance,
+          100 * logits->agreement);
   }
   if (logits) passed &= logits->relative() <= state.logits_tolerance;
   return passed;

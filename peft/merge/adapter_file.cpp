@@ -161,7 +161,8 @@ AdapterFile AdapterFile::open(const fs::path& folder, const fs::path& model) {
     throw Error("merge", fmt::format("{} holds tensors that are not of HF PEFT's layout: {}",
                                      folder.string(), fmt::join(unknown, ", ")));
   if (!parameters.empty()) adapter.find_stacks();
-  if (adapter.modules_.empty() && adapter.stacks_.empty() && adapter.whole_.empty() && adapter.token_rows_.empty())
+  if (adapter.modules_.empty() && adapter.stacks_.empty() && adapter.whole_.empty() &&
+      adapter.token_rows_.empty())
     throw Error("merge", fmt::format("{} holds no tensors", folder.string()));
   return adapter;
 }
@@ -231,8 +232,8 @@ std::vector<AdapterFile::Stack> AdapterFile::stacks(const std::string& path) con
   return all;
 }
 
-FoldTerm AdapterFile::expert_term(const Stack& stack, const std::string& parameter,
-                                  int64_t expert, int64_t first, int64_t rows) const {
+FoldTerm AdapterFile::expert_term(const Stack& stack, const std::string& parameter, int64_t expert,
+                                  int64_t first, int64_t rows) const {
   const auto& lora = static_cast<const LoraConfig&>(*config_);
   const int64_t rank = lora.rank(parameter), in = stack.a.shape[1];
   const int64_t experts = stack.a.shape[0] / rank;

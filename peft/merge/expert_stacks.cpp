@@ -95,8 +95,8 @@ void MergePlan::add_stack(const AdapterFile& adapter, double weight, const std::
         for (const auto& part : parts) {
           const auto name = fmt::format("{}.{}.{}.weight", owner, expert, part);
           auto* const output = output_of(name);
-          if (output == nullptr || output->spec.shape.size() != 2 ||
-              output->spec.shape[1] != in || first + output->spec.shape[0] > out) {
+          if (output == nullptr || output->spec.shape.size() != 2 || output->spec.shape[1] != in ||
+              first + output->spec.shape[0] > out) {
             faults_.push_back(fmt::format("{} of {}: {} is missing or of another shape", parameter,
                                           adapter.folder().string(), name));
             continue;
@@ -134,11 +134,11 @@ void MergePlan::add_stacks(const AdapterFile& adapter, double weight) {
       };
       const auto found = std::find_if(parameters.begin(), parameters.end(), fits);
       if (found == parameters.end()) {
-        faults_.push_back(fmt::format("{} of {}: no parameter of the model has the sizes of "
-                                      "factors {} and {}",
-                                      stack.file_path, adapter.folder().string(),
-                                      io::shape_text(stack.a.shape),
-                                      io::shape_text(stack.b.shape)));
+        faults_.push_back(
+            fmt::format("{} of {}: no parameter of the model has the sizes of "
+                        "factors {} and {}",
+                        stack.file_path, adapter.folder().string(), io::shape_text(stack.a.shape),
+                        io::shape_text(stack.b.shape)));
         continue;
       }
       const auto parameter = *found;

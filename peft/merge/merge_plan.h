@@ -16,10 +16,10 @@ namespace budwood {
 /// Of a stack of experts, what changes a tensor.
 struct ExpertEdit {
   std::shared_ptr<const AdapterFile::Stack> stack;
-  std::string parameter;   ///< path of the stack in transformers' model
-  int64_t expert = 0;      ///< of a tensor [out, in] that is one expert's
-  int64_t first = 0;       ///< and which of the stack's rows it holds
-  bool all = false;        ///< the tensor [experts, ...] is the stack
+  std::string parameter;  ///< path of the stack in transformers' model
+  int64_t expert = 0;     ///< of a tensor [out, in] that is one expert's
+  int64_t first = 0;      ///< and which of the stack's rows it holds
+  bool all = false;       ///< the tensor [experts, ...] is the stack
 };
 
 /// A module of an adapter that changes a tensor.

@@ -128,12 +128,12 @@ std::vector<std::byte> OutputRows::rounded(const Values& values, int64_t panel,
 }
 
 void OutputRows::refuse(int64_t panel) const {
-  throw Error("merge_files",
-              fmt::format("{}: rows {} to {} hold values that are not finite in {}; nothing was "
-                          "written",
-                          io::in_quotes(output_.spec.name), panel * step_,
-                          std::min(rows_, (panel + 1) * step_),
-                          io::dtype_name(output_.spec.dtype)));
+  throw Error(
+      "merge_files",
+      fmt::format("{}: rows {} to {} hold values that are not finite in {}; nothing was "
+                  "written",
+                  io::in_quotes(output_.spec.name), panel * step_,
+                  std::min(rows_, (panel + 1) * step_), io::dtype_name(output_.spec.dtype)));
 }
 
 void OutputRows::widen(const std::vector<std::byte>& bytes, std::vector<double>& values) const {

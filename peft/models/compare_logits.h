@@ -9,8 +9,8 @@
 
 namespace budwood::models {
 
-/// A model with adapters attached and active, "adapter0" and so on, each at its weight. What their folders had to say is added to
-/// `warnings`.
+/// A model with adapters attached and active, "adapter0" and so on, each at its weight. What their
+/// folders had to say is added to `warnings`.
 std::shared_ptr<CausalLM> load_adapted(const std::string& path,
                                        const std::vector<MergeSource>& adapters,
                                        const LoadOptions& options,
