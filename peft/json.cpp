@@ -364,4 +364,10 @@ Json write_number(double value) {
   return value;
 }
 
+ConfigField own_text(std::string name, std::string& member, const std::string& usual) {
+  auto field = bind_field(std::move(name), member);
+  field.is_usual = [&member, usual] { return member == usual; };
+  return field;
+}
+
 }  // namespace budwood

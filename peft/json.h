@@ -92,4 +92,8 @@ void set_fields(AdapterConfig& config, const Json& object, Strictness strictness
 /// All options and private keys, patterns in their own order.
 Json all_fields(const AdapterConfig& config);
 
+/// An option that HF PEFT does not have: written only where it says something, since HF PEFT
+/// complains of it.
+ConfigField own_text(std::string name, std::string& member, const std::string& usual);
+
 }  // namespace budwood

@@ -50,6 +50,7 @@ METHODS = {
     "lora": lambda f: lora(f),
     "rslora": lambda f: lora(f, use_rslora=True),
     "dora": lambda f: lora(f, use_dora=True),
+    "qalora": lambda f: lora(f, use_qalora=True, qalora_group_size=8),
     "pissa": lambda f: lora(f, init_lora_weights="pissa"),
     "olora": lambda f: lora(f, init_lora_weights="olora"),
     "adalora": lambda f: budwood.AdaLoraConfig(
@@ -91,7 +92,8 @@ IDENTITY = {
     "llama_adapter",
     "reft",
 }
-MERGES = {"lora", "rslora", "dora", "pissa", "olora", "adalora", "dylora", "vera", "ia3"}
+MERGES = {"lora", "rslora", "dora", "qalora", "pissa", "olora", "adalora", "dylora", "vera"}
+MERGES |= {"ia3"}
 BASES = ["fp32", "bf16", "nf4", "int4", "gguf_q4_0"]
 PACKED = ("nf4", "int4")
 SIDES = ["C++", "Python"]

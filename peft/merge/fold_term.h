@@ -32,6 +32,7 @@ struct FoldTerm {
   FloatArray gain;        ///< [out]
   FloatArray magnitude;   ///< [out]
   FloatArray input_gain;  ///< [in]
+  int64_t group = 0;      ///< A is the same in all columns of such a group; 0 = no groups
 };
 
 /// The tensors of one module of an adapter file.

@@ -65,6 +65,7 @@ void AdaLoraConfig::validate(Strictness strictness) const {
   require_option(*this, target_r <= init_r, "target_r", std::to_string(target_r),
                  "at most init_r = " + std::to_string(init_r));
   require_option(*this, !use_dora, "use_dora", "true", "false");
+  require_option(*this, !use_qalora, "use_qalora", "true", "false");
   require_option(*this, !lora_bias, "lora_bias", "true", "false");
   require_finite(*this, "orth_reg_weight", orth_reg_weight);
   require_option(*this, beta1 > 0 && beta1 < 1, "beta1", std::to_string(beta1), "between 0 and 1");

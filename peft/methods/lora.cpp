@@ -123,7 +123,11 @@ Lora::Lora(std::shared_ptr<const LoraConfig> config, const LinearBase& base,
     start_a_ = register_buffer("start_A", a.clone());
     start_b_ = register_buffer("start_B", b.clone());
   } else {
-    a = initial_a(*config, rank, weight.in, generator);
+    if (config->use_qalora && weight.in % config->qalora_group_size != 0)
+      throw Error("inject", fmt::format("{}: qalora_group_size {} does not divide its {} inputs",
+                                        path, config->qalora_group_size, weight.in));
+    const int64_t seen = config->use_qalora ? weight.in / config->qalora_group_size : weight.in;
+    a = initial_a(*config, rank, seen, generator);
     b = at::zeros({weight.out, rank}, at::kFloat);
     // init_lora_weights=False asks for a start that is not the identity; only tests want it.
     if (!config->identity_init()) b.normal_(0.0, 0.02, generator);
@@ -149,6 +153,10 @@ LinearTerm Lora::term(const LinearBase& base) const {
   if (start_a_.defined()) {
     term.a = at::cat({lora_a_, start_a_});
     term.b = at::cat({lora_b_, -start_b_}, 1);
+  }
+  if (own().use_qalora) {
+    term.a = lora_a_.repeat_interleave(own().qalora_group_size, 1);
+    term.scaling *= own().qalora_factor(base.weight.in);
   }
   if (is_training()) term.dropout = dropout_;
   if (norms_) {
@@ -191,6 +199,8 @@ bool Lora::starts_as_identity() const {
 LoraEmbedding::LoraEmbedding(std::shared_ptr<const LoraConfig> config, const quant::Weight& table,
                              const std::string& path, uint64_t seed)
     : EmbeddingAdapter(config), scaling_(config->scaling(path)) {
+  if (config->use_qalora)
+    throw Error("inject", path + ": use_qalora is for projections, not for token tables");
   const int64_t rank = config->rank(path);
   auto generator = stream(seed);
   auto a = at::zeros({rank, table.out}, at::kFloat);

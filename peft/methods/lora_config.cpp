@@ -65,7 +65,6 @@ bool known_init(const LoraConfig& c, Strictness strictness) {
 // nothing.
 std::optional<std::string> unsupported(const LoraConfig& c, Strictness strictness) {
   if (!known_init(c, strictness)) return "init_lora_weights";
-  if (c.use_qalora) return "use_qalora";
   if (c.target_parameters && !c.target_parameters->empty()) return "target_parameters";
   if (c.layer_replication) return "layer_replication";
   if (c.alora_invocation_tokens) return "alora_invocation_tokens";
@@ -117,6 +116,12 @@ double LoraConfig::alpha(std::string_view path) const {
 double LoraConfig::scaling(std::string_view path) const {
   const auto rank_here = static_cast<double>(rank(path));
   return alpha(path) / (use_rslora ? std::sqrt(rank_here) : rank_here);
+}
+
+double LoraConfig::qalora_factor(int64_t in) const {
+  const auto group = static_cast<double>(qalora_group_size);
+  if (qalora_pooling == "sum") return 1.0;
+  return qalora_pooling == "mean" ? 1.0 / group : static_cast<double>(in) / group / group;
 }
 
 bool LoraConfig::gaussian_init() const {
@@ -178,6 +183,17 @@ void LoraConfig::validate(Strictness strictness) const {
     refuse(fmt::format("lora_bias needs init_lora_weights true or false, not {}",
                        shown(write_value(init_lora_weights))));
   if (use_dora && is_given(megatron_config)) refuse("use_dora cannot be used with megatron_config");
+  if (use_qalora) {
+    if (qalora_group_size < 1)
+      refuse(fmt::format("qalora_group_size is {}; it must be at least 1", qalora_group_size));
+    if (qalora_pooling != "scaled_mean" && qalora_pooling != "mean" && qalora_pooling != "sum")
+      refuse(fmt::format("qalora_pooling is {}; it must be 'scaled_mean', 'mean' or 'sum'",
+                         io::in_quotes(qalora_pooling)));
+    if (use_dora || principal_init())
+      refuse(
+          "use_qalora cannot be used with use_dora, pissa or olora: its change is constant in "
+          "groups");
+  }
   if (const auto option = unsupported(*this, strictness)) {
     auto copy = *this;
     const auto fields = copy.fields();
@@ -225,6 +241,7 @@ std::vector<ConfigField> LoraConfig::fields() {
                                   bind_field("use_dora", use_dora),
                                   bind_field("use_qalora", use_qalora),
                                   bind_field("qalora_group_size", qalora_group_size),
+                                  own_text("qalora_pooling", qalora_pooling, "scaled_mean"),
                                   bind_field("target_parameters", target_parameters),
                                   bind_field("trainable_token_indices", trainable_token_indices),
                                   bind_field("layer_replication", layer_replication),

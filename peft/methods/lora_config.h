@@ -42,9 +42,15 @@ struct LoraConfig : AdapterConfig {
   TokenIndices trainable_token_indices;
   bool use_dora = false;  ///< learned row norms beside the factors, arXiv 2402.09353
 
-  // Not available in this version.
+  /// QA-LoRA (arXiv 2309.14717): A reads one value for each group of inputs, so the change is
+  /// constant in a group and can be merged into the zero points of a group-affine base.
   bool use_qalora = false;
   int64_t qalora_group_size = 16;
+  /// What A reads of a group: "scaled_mean", the mean times the number of groups, as HF PEFT does;
+  /// "mean"; "sum".
+  std::string qalora_pooling = "scaled_mean";
+
+  // Not available in this version.
   std::optional<std::vector<std::string>> target_parameters;
   LayerRanges layer_replication;
   std::optional<std::vector<int64_t>> alora_invocation_tokens;
@@ -61,6 +67,8 @@ struct LoraConfig : AdapterConfig {
   double alpha(std::string_view path) const;
   /// alpha / rank, or alpha / sqrt(rank) with use_rslora.
   double scaling(std::string_view path) const;
+  /// With use_qalora: what multiplies the scaling where A is spread over the `in` inputs.
+  double qalora_factor(int64_t in) const;
   bool gaussian_init() const;
   /// A start that is a part of W.
   struct Principal {

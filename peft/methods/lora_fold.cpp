@@ -18,6 +18,18 @@ FoldTerm term(const AdapterConfig& config, const ModuleTensors& tensors) {
                                      "and {}",
                                      tensors.path(), rank, term.a.shape[0], term.b.shape[1]));
   term.scaling = own.scaling(tensors.path());
+  if (own.use_qalora) {
+    if (table)
+      throw Error("merge", tensors.path() + ": use_qalora is for projections, not for tables");
+    const int64_t groups = term.a.shape[1], group = own.qalora_group_size;
+    FloatArray spread{{rank, groups * group}, {}};
+    spread.values.reserve(static_cast<size_t>(rank * groups * group));
+    for (const float value : term.a.values)
+      spread.values.insert(spread.values.end(), static_cast<size_t>(group), value);
+    term.a = std::move(spread);
+    term.group = group;
+    term.scaling *= own.qalora_factor(groups * group);
+  }
   term.inner_bias = tensors.find("lora_B.bias");
   if (own.use_dora) term.magnitude = tensors.at("lora_magnitude_vector", 1);
   return term;

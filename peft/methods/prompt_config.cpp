@@ -17,13 +17,6 @@ void add(std::vector<ConfigField>& all, std::vector<ConfigField> own) {
   for (auto& field : own) all.push_back(std::move(field));
 }
 
-// Options of ours are written only where they say something, since HF PEFT complains of them.
-ConfigField own_text(std::string name, std::string& member, const std::string& usual) {
-  auto field = bind_field(std::move(name), member);
-  field.is_usual = [&member, usual] { return member == usual; };
-  return field;
-}
-
 ConfigField own_number(std::string name, std::optional<int64_t>& member) {
   auto field = bind_field(std::move(name), member);
   field.is_usual = [&member] { return !member; };

@@ -31,11 +31,24 @@ std::vector<std::byte> bytes_of(const at::Tensor& tensor, uint64_t wanted, const
   return bytes;
 }
 
+/// How the new codes come about.
+enum class Packing {
+  rounded,  ///< from the changed numbers
+  moved,    ///< the old ones, with other zero points
+  kept,     ///< the old ones, in our own layout
+};
+
+at::Tensor wide(const FloatArray& array) {
+  return at::from_blob(const_cast<float*>(array.values.data()), array.shape, at::kFloat)
+      .to(at::kDouble);
+}
+
 /// A packed matrix that is changed and packed again.
 class Repacked {
  public:
-  Repacked(const MergePlan& plan, const MergeOutput& output, const PackedBase& base)
-      : plan_(plan), output_(output), base_(base), source_(*output.source) {}
+  Repacked(const MergePlan& plan, const MergeOutput& output, const PackedBase& base,
+           Packing packing)
+      : plan_(plan), output_(output), base_(base), source_(*output.source), packing_(packing) {}
 
   // All parts. The codes are not kept: they are written long after the scales, when those of all
   // other matrices would be kept too.
@@ -52,6 +65,16 @@ class Repacked {
   quant::StoredParts make(MergePiece* piece) {
     const at::NoGradGuard no_grad;
     OutputRows rows(plan_, output_);
+    auto made = base_.weight(source_);
+    if (packing_ == Packing::rounded) made = rounded(rows, made);
+    if (packing_ == Packing::moved) made = quant::with_moved_zeros(made, group_change(made));
+    if (piece != nullptr && packing_ != Packing::kept) measure(rows, made, *piece);
+    if (made.format == quant::Format::affine4 || made.format == quant::Format::affine8)
+      return quant::integer_parts(made);
+    return quant::bnb_parts(made, dtype());
+  }
+
+  quant::Weight rounded(OutputRows& rows, const quant::Weight& like) const {
     OutputRows::Values values;
     auto matrix = at::empty(source_.shape, at::TensorOptions().dtype(at::kFloat));
     auto* to = matrix.mutable_data_ptr<float>();
@@ -59,12 +82,24 @@ class Repacked {
       rows.make(panel, values);
       to = std::copy(values.after.begin(), values.after.end(), to);
     }
-    const auto like = base_.weight(source_);
-    const auto made = quant::requantize(matrix, like);
-    if (piece != nullptr) measure(rows, made, *piece);
-    if (made.format == quant::Format::affine4 || made.format == quant::Format::affine8)
-      return quant::integer_parts(made);
-    return quant::bnb_parts(made, dtype());
+    return quant::requantize(matrix, like);
+  }
+
+  // The change of the edits, which is constant in each group of w: [out, groups].
+  at::Tensor group_change(const quant::Weight& w) const {
+    const int64_t size = w.parts[3].item<int64_t>();
+    auto change = at::zeros(w.parts[1].sizes(), at::TensorOptions().dtype(at::kDouble));
+    for (const auto& edit : output_.edits) {
+      const auto term = edit.term(source_.shape);
+      if (term.group % size != 0)
+        throw Error("merge_files",
+                    fmt::format("{}: QA-LoRA's groups of {} are not made of whole groups of {} of "
+                                "the base: merge into dequantised weights",
+                                source_.name, term.group, size));
+      const auto first = at::arange(0, w.in, size, at::TensorOptions().dtype(at::kLong));
+      change += edit.weight * term.scaling * wide(term.b).mm(wide(term.a).index_select(1, first));
+    }
+    return change;
   }
 
   static void measure(OutputRows& rows, const quant::Weight& made, MergePiece& piece) {
@@ -96,6 +131,7 @@ class Repacked {
   const MergeOutput& output_;
   const PackedBase& base_;
   const io::TensorInfo& source_;
+  Packing packing_;
   std::mutex mutex_;
   std::map<std::string, at::Tensor> small_;
 };
@@ -107,7 +143,7 @@ class RepackedItem final : public MergeItem {
       : MergeItem(output), matrix_(std::move(matrix)), part_(std::move(part)), bytes_(bytes) {}
   int64_t pieces() const override { return 1; }
   bool counts() const override { return part_ == "weight" || part_ == "weight.codes"; }
-  MergePiece make(int64_t) override {
+  MergePiece make(int64_t /*piece*/) override {
     MergePiece piece;
     const auto tensor = matrix_->part(part_, counts() ? &piece : nullptr);
     piece.bytes = bytes_of(tensor, bytes_, part_.starts_with(kState) ? ' ' : 0);
@@ -148,12 +184,15 @@ const PackedBase& packed_base(const MergePlan& plan) {
   if (base == nullptr)
     throw Error("merge_files", plan.base->path().string() +
                                    " is no quantised folder: there are no codes to be made anew");
-  if (base->method() != "bitsandbytes" && base->method() != "budwood")
-    throw Error("merge_files",
-                fmt::format("{} is of {}, whose codes need calibration data to be made: merge "
-                            "into dequantised weights",
-                            base->path().string(), base->method()));
   return *base;
+}
+
+// Whether an output's changes are constant in groups, as QA-LoRA's are.
+bool is_grouped(const MergeOutput& output) {
+  return output.whole == nullptr && output.rows.empty() && !output.edits.empty() &&
+         std::ranges::all_of(output.edits, [&](const Edit& edit) {
+           return edit.term(output.spec.shape).group > 0;
+         });
 }
 
 class RequantisedTarget final : public MergeTarget {
@@ -171,7 +210,9 @@ class RequantisedTarget final : public MergeTarget {
   void commit() override { writer_->commit(); }
   std::vector<std::string> files() const override { return writer_->names(); }
   std::vector<std::string> finished() const override { return writer_->finished(); }
-  std::string quantization() const override { return quantization_of(base_.config()); }
+  std::string quantization() const override {
+    return bits_ == 0 ? quantization_of(base_.config()) : quant::integer_settings(bits_, plain_);
+  }
   uint64_t bytes() const override {
     uint64_t sum = 0;
     for (const auto& spec : specs_) sum += spec.bytes();
@@ -187,27 +228,62 @@ class RequantisedTarget final : public MergeTarget {
   void add(const MergePlan& plan, const MergeOutput& output) {
     const bool stays_packed = output.whole == nullptr && base_.packed(*output.source) &&
                               output.spec.name == output.source->name;
-    if (!stays_packed) return add(output.spec, std::make_unique<PlainItem>(plan, output));
+    if (!stays_packed) {
+      if (output.spec.shape.size() == 2 && output.spec.name.ends_with(".weight"))
+        plain_.push_back(output.spec.name.substr(0, output.spec.name.size() - 7));
+      return add(output.spec, std::make_unique<PlainItem>(plan, output));
+    }
     const auto& layer = base_.layer(*output.source);
+    const bool affine = base_.method() != "bitsandbytes";
+    const bool foreign = affine && base_.method() != "budwood";
+    const bool grouped = affine && is_grouped(output);
+    if (foreign && output.changed() && !grouped)
+      throw Error("merge_files",
+                  fmt::format("{} is of {}, whose codes need calibration data to be made: merge "
+                              "into dequantised weights",
+                              base_.path().string(), base_.method()));
+    if (foreign) return add_integers(plan, output, layer, grouped ? Packing::moved : Packing::kept);
     if (!output.changed()) {
       for (const auto* part : layer.parts)
         add({part->name, part->dtype, part->shape},
             std::make_unique<PartItem>(output, base_, *part));
       return;
     }
-    auto matrix = std::make_shared<Repacked>(plan, output, base_);
+    auto matrix = std::make_shared<Repacked>(plan, output, base_,
+                                             grouped ? Packing::moved : Packing::rounded);
     for (const auto* info : layer.parts) {
       const auto part = info->name.substr(layer.path.size());
       if (part == kOrder) continue;
       io::TensorSpec spec{info->name, info->dtype, info->shape};
       if (part.starts_with(kState)) spec.shape = {info->shape[0] + kRoom};
-      if (part == "weight.zeros") spec.dtype = io::Dtype::u8;
-      const auto bytes = spec.bytes();
-      add(std::move(spec), std::make_unique<RepackedItem>(matrix, output, part, bytes));
+      if (part == "weight.zeros") spec.dtype = grouped ? io::Dtype::f32 : io::Dtype::u8;
+      add_part(output, matrix, part, std::move(spec));
     }
   }
 
+  // A layer of another project's layout in our own, which has room for fractions as zero points.
+  void add_integers(const MergePlan& plan, const MergeOutput& output,
+                    const PackedBase::Layer& layer, Packing packing) {
+    const auto weight = base_.weight(*output.source);
+    bits_ = weight.format == quant::Format::affine4 ? 4 : 8;
+    auto matrix = std::make_shared<Repacked>(plan, output, base_, packing);
+    for (const auto& [part, tensor] : quant::integer_parts(weight)) {
+      io::TensorSpec spec{layer.path + part, stored_dtype(tensor.scalar_type()),
+                          tensor.sizes().vec()};
+      if (part == "weight.zeros" && packing == Packing::moved) spec.dtype = io::Dtype::f32;
+      add_part(output, matrix, part, std::move(spec));
+    }
+  }
+
+  void add_part(const MergeOutput& output, const std::shared_ptr<Repacked>& matrix,
+                const std::string& part, io::TensorSpec spec) {
+    const auto bytes = spec.bytes();
+    add(std::move(spec), std::make_unique<RepackedItem>(matrix, output, part, bytes));
+  }
+
   const PackedBase& base_;
+  int bits_ = 0;  // of a folder that is not of the base's layout
+  std::vector<std::string> plain_;
   std::vector<io::TensorSpec> specs_;
   std::map<std::string, std::unique_ptr<MergeItem>> by_name_;
   std::optional<io::ShardedWriter> writer_;

@@ -36,6 +36,9 @@ class LoraConfig(PeftConfig):
     r: int
     lora_alpha: float
     use_rslora: bool
+    use_qalora: bool
+    qalora_group_size: int
+    qalora_pooling: str
     lora_dropout: float
     bias: str
     lora_bias: bool

@@ -82,7 +82,8 @@ def is_plain_lora(config: PeftConfig) -> bool:
         return False
     init = config.init_lora_weights
     principal = isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
-    return not config.use_dora and not principal and config.trainable_token_indices is None
+    more = config.use_dora or config.use_qalora or principal
+    return not more and config.trainable_token_indices is None
 
 
 def with_task_heads(config: PeftConfig) -> PeftConfig:

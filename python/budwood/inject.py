@@ -225,7 +225,7 @@ def _refuse_convolutions(model: nn.Module, targets: list[Target], config: PeftCo
     held = [t.path for t in targets if is_conv(_base(model.get_submodule(t.path)))]
     if not held:
         return
-    plain = {"use_dora": (False,), "trainable_token_indices": (None,)}
+    plain = {"use_dora": (False,), "use_qalora": (False,), "trainable_token_indices": (None,)}
     plain["init_lora_weights"] = (True, False, "gaussian")
     reasons = [
         f"{option}={getattr(config, option)!r}"

@@ -85,4 +85,27 @@ Weight requantize(const at::Tensor& w, const Weight& like) {
   }
 }
 
+Weight with_moved_zeros(const Weight& w, const at::Tensor& change) {
+  if (w.format != Format::affine4 && w.format != Format::affine8)
+    throw Error("with_moved_zeros",
+                fmt::format("{} weights have no zero points", form_of(w.format).name()));
+  if (w.parts.size() > 4)
+    throw Error("with_moved_zeros",
+                "the groups of this weight are not made of neighbours (GPTQ's "
+                "act-order), so a change that is constant in neighbours is not "
+                "constant in them");
+  const auto& scales = w.parts[1];
+  if (change.sizes() != scales.sizes())
+    throw Error("with_moved_zeros",
+                fmt::format("a change of [{}] for scales of [{}]", fmt::join(change.sizes(), ", "),
+                            fmt::join(scales.sizes(), ", ")));
+  const auto wide = change.to(at::kDouble), size = scales.to(at::kDouble);
+  if ((size == 0).logical_and(wide != 0).any().item<bool>())
+    throw Error("with_moved_zeros", "a group with the scale 0 can hold no change");
+  const auto moved = w.parts[2].to(at::kDouble) - at::where(size == 0, wide, wide / size);
+  Weight result = w;
+  result.parts[2] = moved.to(at::kFloat);
+  return result;
+}
+
 }  // namespace budwood::quant

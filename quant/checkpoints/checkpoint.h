@@ -56,6 +56,12 @@ CheckpointWriter checkpoint_writer(const std::vector<const Weight*>& weights, at
 /// to be made (GPTQ's and AWQ's).
 Weight requantize(const at::Tensor& w, const Weight& like);
 
+/// A group-affine weight with its zero points moved by -change / scale, fp32, so that it stands for
+/// W plus `change` [out, groups] in all columns of a group; codes and scales are the same. The
+/// exact merge of QA-LoRA. Throws Error for other forms, for groups that are not neighbours (GPTQ's
+/// act-order) and for a scale of 0 where there is a change.
+Weight with_moved_zeros(const Weight& w, const at::Tensor& change);
+
 // What readers check parts with; errors name the part, what was found and what was wanted.
 
 /// The part, whatever it is.

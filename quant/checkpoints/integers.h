@@ -16,4 +16,8 @@ Weight weight_from_integers(const StoredParts& parts, int bits, int64_t out, int
 /// The same tensors from a weight of form affine4 or affine8.
 StoredParts integer_parts(const Weight& weight);
 
+/// quantization_config of a folder of such weights as JSON. `plain` lists the layers that are not
+/// packed.
+std::string integer_settings(int bits, const std::vector<std::string>& plain);
+
 }  // namespace budwood::quant

@@ -39,15 +39,15 @@ std::string bnb_config(const Weight& w, at::ScalarType dtype,
       .dump();
 }
 
-std::string integer_config(const Weight& w, const std::vector<std::string>& plain) {
+}  // namespace
+
+std::string integer_settings(int bits, const std::vector<std::string>& plain) {
   return Json{{"quant_method", "budwood"},
               {"version", 1},
-              {"bits", w.format == Format::affine4 ? 4 : 8},
+              {"bits", bits},
               {"modules_to_not_convert", plain}}
       .dump();
 }
-
-}  // namespace
 
 CheckpointWriter checkpoint_writer(const std::vector<const Weight*>& weights,
                                    at::ScalarType dtype) {
@@ -67,7 +67,9 @@ CheckpointWriter checkpoint_writer(const std::vector<const Weight*>& weights,
           [=](const Weight& w) { return bnb_parts(w, dtype); }};
     case Format::affine4:
     case Format::affine8:
-      return {[=](const std::vector<std::string>& plain) { return integer_config(first, plain); },
+      return {[=](const std::vector<std::string>& plain) {
+                return integer_settings(first.format == Format::affine4 ? 4 : 8, plain);
+              },
               [](const Weight& w) { return integer_parts(w); }};
     default:
       throw Error("save", fmt::format("a folder has no place for {} weights; they are saved as a "

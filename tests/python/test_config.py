@@ -310,7 +310,6 @@ def test_a_hostile_value_is_named(options, said):
 UNAVAILABLE = [
     *({"init_lora_weights": x} for x in ("loftq", "corda", "lora_ga", "eva", "orthogonal")),
     *({"init_lora_weights": x} for x in ("mica", "nonsense", "pissa_niter_x")),
-    {"use_qalora": True},
     {"target_parameters": ["mlp.experts.gate_up_proj"]},
     {"layer_replication": [[0, 2], [1, 3]]},
     {"alora_invocation_tokens": [1]},

@@ -362,8 +362,8 @@ def test_an_unknown_model_type_asks_for_targets():
 
 def test_an_option_that_is_not_available_is_refused_before_matching():
     config = LoraConfig(target_modules=["q_proj"])
-    config.use_qalora = True
-    with pytest.raises(Error, match="use_qalora"):
+    config.ensure_weight_tying = True
+    with pytest.raises(Error, match="ensure_weight_tying"):
         match_targets(config, LLAMA, "llama")
 
 

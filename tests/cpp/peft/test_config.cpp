@@ -147,8 +147,14 @@ TEST_CASE("values that mean nothing are named") {
   CHECK(says(with([](auto& c) { c.target_modules = "*"; }), "'*'"));
   CHECK(says(with([](auto& c) { c.layers_pattern = "h"; }), "needs layers_to_transform"));
   CHECK(says(with([](auto& c) { c.target_modules = "a", c.layers_to_transform = 1; }), "a text"));
-  CHECK(says(with([](auto& c) { c.use_qalora = true; }),
-             "use_qalora is true; this is not available"));
+  CHECK(says(with([](auto& c) { c.ensure_weight_tying = true; }),
+             "ensure_weight_tying is true; this is not available"));
+  CHECK(says(with([](auto& c) { c.use_qalora = c.use_dora = true; }),
+             "cannot be used with use_dora"));
+  CHECK(says(with([](auto& c) { c.use_qalora = true, c.qalora_group_size = 0; }),
+             "qalora_group_size is 0"));
+  CHECK(says(with([](auto& c) { c.use_qalora = true, c.qalora_pooling = "max"; }),
+             "qalora_pooling is 'max'"));
   CHECK(
       says(with([](auto& c) { c.init_lora_weights = "loftq"; }), "init_lora_weights is \"loftq\""));
   CHECK(says(with([](auto& c) { c.lora_bias = c.use_dora = true; }), "lora_bias cannot be used"));
