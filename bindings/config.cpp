@@ -9,6 +9,7 @@
 #include <budwood/peft/methods/dylora_config.h>
 #include <budwood/peft/methods/ia3_config.h>
 #include <budwood/peft/methods/lora_config.h>
+#include <budwood/peft/methods/peqa_config.h>
 #include <budwood/peft/methods/prompt_config.h>
 #include <budwood/peft/methods/reft_config.h>
 #include <budwood/peft/methods/vera_config.h>
@@ -295,6 +296,8 @@ void bind_config(py::module_& m) {
 
   bind_method<budwood::IA3Config>(m, "IA3Config",
                                   "IA3 (arXiv 2205.05638) with HF PEFT's arguments.");
+  bind_method<budwood::PeqaConfig>(m, "PeqaConfig",
+                                   "PEQA (arXiv 2305.14152): the scales of integer weights.");
   bind_method<budwood::VeraConfig>(m, "VeraConfig",
                                    "VeRA (arXiv 2310.11454) with HF PEFT's arguments.");
   bind_method<budwood::AdaLoraConfig>(m, "AdaLoraConfig",

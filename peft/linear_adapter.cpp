@@ -3,8 +3,10 @@
 #include <budwood/peft/fold.h>
 #include <budwood/peft/kernels/fold.h>
 #include <budwood/peft/linear_adapter.h>
+#include <budwood/peft/ops/affine_linear.h>
 #include <budwood/peft/ops/lora_linear.h>
 #include <budwood/quant/ops.h>
+#include <algorithm>
 #include <cmath>
 
 namespace budwood {
@@ -52,7 +54,12 @@ at::Tensor apply_terms(const LinearBase& base, const std::vector<LinearTerm>& te
   const auto bias = late_bias ? std::nullopt : if_defined(base.bias);
   at::Tensor y;
   bool first_done = false;
-  if (!terms.empty() && fits_the_operator(terms[0]) && read.is_same(x) && is_frozen(base.weight)) {
+  const auto rescaled = std::find_if(terms.begin(), terms.end(),
+                                     [](const auto& term) { return term.scales.defined(); });
+  if (rescaled != terms.end()) {
+    y = ops::affine_linear(read, base.weight, bias, rescaled->scales, rescaled->zeros);
+  } else if (!terms.empty() && fits_the_operator(terms[0]) && read.is_same(x) &&
+             is_frozen(base.weight)) {
     y = ops::lora_linear(x, base.weight, bias, terms[0].a, terms[0].b, terms[0].scaling);
     first_done = true;
   } else {
@@ -77,6 +84,8 @@ at::Tensor fold_rows(at::Tensor rows, int64_t begin, const std::vector<LinearTer
   const auto plain = [](const at::Tensor& t) {
     return t.detach().to(at::kCPU, at::kFloat).contiguous();
   };
+  for (const auto& term : terms)
+    if (term.rescaled) rows = term.rescaled->rows(begin, begin + n, at::kDouble).contiguous();
   if (!terms.empty() && terms[0].own_weight.defined())
     return wide(terms[0].own_weight.narrow(0, begin, n));
   for (const auto& term : terms)

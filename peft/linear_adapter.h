@@ -24,8 +24,9 @@ struct LinearBase {
 ///   y' = gain ∘ (y - b + s (D(x) Aᵀ) Bᵀ) + b                       [gain_spares_bias = true]
 ///
 /// and the base reads input_gain ∘ x instead of x. With own_weight the base is x own_weightᵀ +
-/// own_bias. Undefined tensors stand for nothing to do. All
-/// tensors may be results of differentiable arithmetic on the adapter's parameters.
+/// own_bias, with scales it is the codes of the base under other scales. Undefined tensors stand
+/// for nothing to do. All tensors may be results of differentiable arithmetic on the adapter's
+/// parameters.
 struct LinearTerm {
   at::Tensor a = {};  ///< A [r, in]
   at::Tensor b = {};  ///< B [out, r]
@@ -37,6 +38,10 @@ struct LinearTerm {
   at::Tensor magnitude = {};   ///< [out]: gain is this over norms, which folding takes in fp64
   at::Tensor input_gain = {};  ///< [in]
   at::Tensor own_weight = {}, own_bias = {};  ///< [out, in], [out]
+  /// [out, groups]: what the scales and, when defined, the zero points of a group-affine base are
+  /// instead; `rescaled` is the base with them.
+  at::Tensor scales = {}, zeros = {};
+  std::optional<quant::Weight> rescaled = {};
 };
 
 /// What attaches to a Linear slot.

@@ -67,7 +67,7 @@ std::optional<ops::Projection> LinearSlotImpl::projection(
   if (terms.empty()) return projection;
   const auto& term = terms[0];
   if (term.dropout > 0 || term.inner_bias.defined() || term.input_gain.defined() ||
-      term.own_weight.defined())
+      term.own_weight.defined() || term.scales.defined())
     return {};
   projection.a = term.a;
   projection.b = term.b;

@@ -61,6 +61,7 @@ METHODS = {
     "ia3": lambda f: budwood.IA3Config(
         target_modules=TARGETS[f], feedforward_modules=[TARGETS[f][-1]]
     ),
+    "peqa": lambda f: budwood.PeqaConfig(target_modules=TARGETS[f]),
     # A smooth activation, whose differences are those of a line.
     "houlsby": lambda f: budwood.BottleneckConfig.houlsby(non_linearity="gelu"),
     "pfeiffer": lambda f: budwood.BottleneckConfig(reduction_factor=4, non_linearity="gelu"),
@@ -86,6 +87,8 @@ IDENTITY = {
     "dylora",
     "vera",
     "ia3",
+    "qalora",
+    "peqa",
     "houlsby",
     "pfeiffer",
     "parallel",
@@ -93,7 +96,7 @@ IDENTITY = {
     "reft",
 }
 MERGES = {"lora", "rslora", "dora", "qalora", "pissa", "olora", "adalora", "dylora", "vera"}
-MERGES |= {"ia3"}
+MERGES |= {"ia3", "peqa"}
 BASES = ["fp32", "bf16", "nf4", "int4", "gguf_q4_0"]
 PACKED = ("nf4", "int4")
 SIDES = ["C++", "Python"]
@@ -110,6 +113,8 @@ def reason_empty(method: str, family: str, base: str, side: str) -> str | None:
         return "GGUF blocks are a C++ base: transformers decodes them"
     if base == "gguf_q4_0" and family != "llama":
         return "GGUF files of this architecture are not read"
+    if method == "peqa" and base != "int4":
+        return "PEQA trains the scales of integer weights"
     return None
 
 
@@ -227,7 +232,9 @@ def check_cell(method: str, family: str, base: str, side: str) -> None:
         if method in IDENTITY:
             assert abs(fresh - bare) < (2e-2 if coarse else 1e-4), f"not the base: {fresh} {bare}"
         one.train(True)
-        optimizer = torch.optim.AdamW(one.parameters(), lr=5e-3, weight_decay=0)
+        # Scales are small numbers.
+        rate = 5e-4 if method == "peqa" else 5e-3
+        optimizer = torch.optim.AdamW(one.parameters(), lr=rate, weight_decay=0)
         for step in range(20):
             one.step(step, before=True)
             optimizer.zero_grad()

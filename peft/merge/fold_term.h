@@ -32,6 +32,8 @@ struct FoldTerm {
   FloatArray gain;        ///< [out]
   FloatArray magnitude;   ///< [out]
   FloatArray input_gain;  ///< [in]
+  FloatArray scales;      ///< [out, groups]: of a group-affine W, in place of its own
+  FloatArray zeros;       ///< likewise its zero points
   int64_t group = 0;      ///< A is the same in all columns of such a group; 0 = no groups
 };
 

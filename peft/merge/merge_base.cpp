@@ -31,6 +31,13 @@ std::unique_ptr<PackedRows> MergeBase::open(const io::TensorInfo& tensor) const 
   throw Error("merge_files", io::in_quotes(tensor.name) + " is not packed");
 }
 
+std::unique_ptr<PackedRows> MergeBase::open_rescaled(const io::TensorInfo& tensor, const FoldTerm&,
+                                                     double) const {
+  throw Error("merge_files", fmt::format("PEQA's scales are those of integer weights in groups; {} "
+                                         "of {} is another kind of weight",
+                                         io::in_quotes(tensor.name), path().string()));
+}
+
 std::string read_config_text(const fs::path& folder) {
   if (!fs::exists(folder / "config.json")) return {};
   auto text = io::read_file(io::file_in_folder(folder, "config.json"), kLargestConfig);

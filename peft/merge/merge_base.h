@@ -1,6 +1,7 @@
 #pragma once
 
 #include <budwood/peft/io/hf_index.h>
+#include <budwood/peft/merge/fold_term.h>
 
 #include <cstddef>
 #include <filesystem>
@@ -43,6 +44,10 @@ class MergeBase {
   virtual bool packed(const io::TensorInfo& tensor) const { return (void)tensor, false; }
   /// Opens a packed tensor.
   virtual std::unique_ptr<PackedRows> open(const io::TensorInfo& tensor) const;
+  /// The same matrix as if it had the scales (and zero points) of a term, or, with another weight
+  /// w, σ₀ + w (σ - σ₀). Throws for what has no scales in groups.
+  virtual std::unique_ptr<PackedRows> open_rescaled(const io::TensorInfo& tensor,
+                                                    const FoldTerm& term, double weight) const;
 
   /// Puts everything that is no weight and no config.json into the merged model's folder.
   virtual void carry_over(const std::filesystem::path& folder) const = 0;

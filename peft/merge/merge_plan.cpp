@@ -235,6 +235,9 @@ void MergePlan::add(const AdapterFile& adapter, double weight) {
     check(term.input_gain, in, "the factor of the input");
     if (output.alone || (term.magnitude.defined() && (weight != 1.0 || !output.edits.empty())))
       faults_.push_back(fmt::format("{}: DoRA is merged alone, and at weight 1", module));
+    if (output.rescaled || (term.scales.defined() && !output.edits.empty()))
+      faults_.push_back(fmt::format("{}: PEQA's scales are merged alone", module));
+    output.rescaled |= term.scales.defined();
     output.alone |= term.magnitude.defined();
     output.edits.push_back({&adapter, module, weight});
     if (!term.inner_bias.defined() && !term.gain.defined()) continue;

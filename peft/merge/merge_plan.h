@@ -41,6 +41,7 @@ struct MergeOutput {
   bool transposed = false;                 ///< the edits' matrix is stored as [in, out]
   bool bias = false;                       ///< the edits are those of the module's bias
   bool alone = false;                      ///< one of the edits sets norms, and suffers no other
+  bool rescaled = false;                   ///< the only edit sets scales
   bool changed() const { return whole != nullptr || !edits.empty() || !rows.empty(); }
   /// New rows of a table: their ids, and the tensor of an adapter that holds them.
   std::vector<std::pair<std::vector<int64_t>, const io::TensorInfo*>> rows;

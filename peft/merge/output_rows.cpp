@@ -74,6 +74,7 @@ void OutputRows::done() {
   folding_.resize(static_cast<size_t>(experts_));
   packed_.reset();
   trained_.reset();
+  rescaled_.reset();
 }
 
 std::vector<std::byte> OutputRows::copied(int64_t panel) const {
@@ -91,7 +92,7 @@ void OutputRows::make(int64_t panel, Values& values) {
         fmt::format("{} is {}, which is not converted to {}", io::in_quotes(output_.spec.name),
                     io::dtype_name(stored().dtype), io::dtype_name(output_.spec.dtype)));
   wide(begin, rows, values.before);
-  values.after = values.before;
+  if (!rescale(begin, rows, values.after)) values.after = values.before;
   if (output_.bias)
     folding().apply_to_bias(values.after.data(), cols_);
   else if (!output_.edits.empty())
@@ -178,6 +179,23 @@ void OutputRows::wide(int64_t begin, int64_t rows, std::vector<double>& values) 
   read(begin, rows, bytes);
   values.resize(static_cast<size_t>(rows * cols_));
   kernels::widen(*float_type(stored().dtype), bytes.data(), values.data(), rows * cols_);
+}
+
+// The rows under other scales, where an edit has some.
+bool OutputRows::rescale(int64_t begin, int64_t rows, std::vector<double>& values) {
+  if (!output_.rescaled || output_.edits.empty()) return false;
+  {
+    const std::lock_guard lock(opening_);
+    if (!rescaled_) {
+      const auto& edit = output_.edits[0];
+      rescaled_ =
+          plan_.base->open_rescaled(*output_.source, edit.term(output_.spec.shape), edit.weight);
+    }
+  }
+  std::vector<float> floats(static_cast<size_t>(rows * cols_));
+  rescaled_->read(begin, rows, floats.data());
+  values.assign(floats.begin(), floats.end());
+  return true;
 }
 
 // Rows of one expert after the other.

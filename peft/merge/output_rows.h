@@ -59,6 +59,7 @@ class OutputRows {
                     std::vector<double>& values);
   const Folding& folding(int64_t expert = 0);
   void fold(double* values, int64_t begin, int64_t rows);
+  bool rescale(int64_t begin, int64_t rows, std::vector<double>& values);
   [[noreturn]] void refuse(int64_t panel) const;
   void replace_rows(double* values, int64_t begin, int64_t rows) const;
 
@@ -70,7 +71,7 @@ class OutputRows {
   int64_t experts_ = 1;  // matrices in the tensor, one below the other
   std::vector<std::unique_ptr<Folding>> folding_;
   std::mutex opening_;
-  std::unique_ptr<PackedRows> packed_, trained_;
+  std::unique_ptr<PackedRows> packed_, trained_, rescaled_;
 };
 
 /// Of a panel, `written` being its rounded values.

@@ -137,7 +137,8 @@ UnmergeFilesReport by_subtraction(const UnmergeFilesOptions& options) {
       bool additive = output.whole == nullptr && output.rows.empty();
       for (const auto& edit : output.edits) {
         const auto term = edit.term(output.spec.shape);
-        additive &= !term.gain.defined() && !term.magnitude.defined() && !term.input_gain.defined();
+        additive &= term.a.defined() && !term.gain.defined() && !term.magnitude.defined() &&
+                    !term.input_gain.defined();
       }
       if (!additive) more.push_back(output.spec.name);
     }

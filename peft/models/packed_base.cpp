@@ -137,6 +137,32 @@ std::unique_ptr<PackedRows> PackedBase::open(const io::TensorInfo& tensor) const
   return std::make_unique<WeightRows>(weight(tensor));
 }
 
+quant::Weight PackedBase::rescaled(const io::TensorInfo& tensor, const FoldTerm& term,
+                                   double weight) const {
+  auto w = this->weight(tensor);
+  const auto place = [&](const FloatArray& array, at::Tensor& part, const char* what) {
+    if (at::IntArrayRef(array.shape) != part.sizes())
+      throw Error("merge_files",
+                  fmt::format("{}: the adapter's {} are {}, the model's are {}", tensor.name, what,
+                              io::shape_text(array.shape), io::shape_text(part.sizes().vec())));
+    const auto values =
+        at::from_blob(const_cast<float*>(array.values.data()), array.shape, at::kFloat).clone();
+    const auto first = part.to(at::kFloat);
+    part = weight == 1.0 ? values : first + weight * (values - first);
+  };
+  if (w.format != quant::Format::affine4 && w.format != quant::Format::affine8)
+    MergeBase::open_rescaled(tensor, term, weight);  // says what is wanted
+  place(term.scales, w.parts[1], "scales");
+  if (term.zeros.defined()) place(term.zeros, w.parts[2], "zero points");
+  return w;
+}
+
+std::unique_ptr<PackedRows> PackedBase::open_rescaled(const io::TensorInfo& tensor,
+                                                      const FoldTerm& term, double weight) const {
+  if (!packed(tensor)) return MergeBase::open_rescaled(tensor, term, weight);
+  return std::make_unique<WeightRows>(rescaled(tensor, term, weight));
+}
+
 void PackedBase::carry_over(const std::filesystem::path& folder) const {
   carry_other_files(path(), folder);
 }

@@ -25,6 +25,10 @@ class PackedBase final : public MergeBase {
   }
   bool packed(const io::TensorInfo& tensor) const override { return layers_.contains(&tensor); }
   std::unique_ptr<PackedRows> open(const io::TensorInfo& tensor) const override;
+  std::unique_ptr<PackedRows> open_rescaled(const io::TensorInfo& tensor, const FoldTerm& term,
+                                            double weight) const override;
+  /// A packed matrix with the scales of a term.
+  quant::Weight rescaled(const io::TensorInfo& tensor, const FoldTerm& term, double weight) const;
   void carry_over(const std::filesystem::path& folder) const override;
 
   /// The stored parts of a packed matrix, and the matrix they make.

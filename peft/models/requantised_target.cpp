@@ -34,7 +34,7 @@ std::vector<std::byte> bytes_of(const at::Tensor& tensor, uint64_t wanted, const
 /// How the new codes come about.
 enum class Packing {
   rounded,  ///< from the changed numbers
-  moved,    ///< the old ones, with other zero points
+  moved,    ///< the old ones, with other zero points or scales
   kept,     ///< the old ones, in our own layout
 };
 
@@ -67,7 +67,10 @@ class Repacked {
     OutputRows rows(plan_, output_);
     auto made = base_.weight(source_);
     if (packing_ == Packing::rounded) made = rounded(rows, made);
-    if (packing_ == Packing::moved) made = quant::with_moved_zeros(made, group_change(made));
+    if (packing_ == Packing::moved && output_.rescaled)
+      made = base_.rescaled(source_, output_.edits[0].term(source_.shape), output_.edits[0].weight);
+    else if (packing_ == Packing::moved)
+      made = quant::with_moved_zeros(made, group_change(made));
     if (piece != nullptr && packing_ != Packing::kept) measure(rows, made, *piece);
     if (made.format == quant::Format::affine4 || made.format == quant::Format::affine8)
       return quant::integer_parts(made);
@@ -187,8 +190,9 @@ const PackedBase& packed_base(const MergePlan& plan) {
   return *base;
 }
 
-// Whether an output's changes are constant in groups, as QA-LoRA's are.
+// Whether an output's changes are constant in groups, as QA-LoRA's are, or scales, as PEQA's.
 bool is_grouped(const MergeOutput& output) {
+  if (output.rescaled) return output.whole == nullptr && output.rows.empty();
   return output.whole == nullptr && output.rows.empty() && !output.edits.empty() &&
          std::ranges::all_of(output.edits, [&](const Edit& edit) {
            return edit.term(output.spec.shape).group > 0;
@@ -253,10 +257,10 @@ class RequantisedTarget final : public MergeTarget {
                                              grouped ? Packing::moved : Packing::rounded);
     for (const auto* info : layer.parts) {
       const auto part = info->name.substr(layer.path.size());
-      if (part == kOrder) continue;
+      if (part == kOrder && !output.rescaled) continue;
       io::TensorSpec spec{info->name, info->dtype, info->shape};
       if (part.starts_with(kState)) spec.shape = {info->shape[0] + kRoom};
-      if (part == "weight.zeros") spec.dtype = grouped ? io::Dtype::f32 : io::Dtype::u8;
+      if (part == "weight.zeros") spec.dtype = zeros_dtype(output, info->dtype, grouped);
       add_part(output, matrix, part, std::move(spec));
     }
   }
@@ -270,9 +274,18 @@ class RequantisedTarget final : public MergeTarget {
     for (const auto& [part, tensor] : quant::integer_parts(weight)) {
       io::TensorSpec spec{layer.path + part, stored_dtype(tensor.scalar_type()),
                           tensor.sizes().vec()};
-      if (part == "weight.zeros" && packing == Packing::moved) spec.dtype = io::Dtype::f32;
+      if (part == "weight.zeros" && packing == Packing::moved)
+        spec.dtype = zeros_dtype(output, spec.dtype, true);
       add_part(output, matrix, part, std::move(spec));
     }
+  }
+
+  // Of rounded codes integers; fractions where they are moved, and as they are under other scales.
+  static io::Dtype zeros_dtype(const MergeOutput& output, io::Dtype own, bool grouped) {
+    if (!grouped) return io::Dtype::u8;
+    const bool as_they_are =
+        output.rescaled && !output.edits[0].term(output.spec.shape).zeros.defined();
+    return as_they_are ? own : io::Dtype::f32;
   }
 
   void add_part(const MergeOutput& output, const std::shared_ptr<Repacked>& matrix,

@@ -24,6 +24,7 @@ PromptEncoderConfig = _C.PromptEncoderConfig
 PromptTuningConfig = _C.PromptTuningConfig
 ReftConfig = _C.ReftConfig
 VeraConfig = _C.VeraConfig
+PeqaConfig = _C.PeqaConfig
 
 
 class PeftType(str, Enum):

@@ -44,6 +44,7 @@ METHODS = {
     "vera": "VeraConfig",
     "dylora": "DyLoraConfig",
     "ia3": "IA3Config",
+    "peqa": "PeqaConfig",
     "bottleneck": "BottleneckConfig",
     "parallel": "ParallelAdapterConfig",
     "compacter": "CompacterConfig",
