@@ -5,6 +5,7 @@
 #include <budwood/peft/adapterhub.h>
 #include <budwood/peft/convert/factors_file.h>
 #include <budwood/peft/convert/lora_set.h>
+#include <budwood/peft/fold.h>
 #include <budwood/peft/io/text.h>
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
@@ -95,11 +96,10 @@ Config read_config(const fs::path& folder) {
   return config;
 }
 
-FloatArray to_array(const at::Tensor& tensor) {
-  const auto flat = tensor.to(at::kFloat).contiguous();
-  const auto* data = flat.const_data_ptr<float>();
-  if (!flat.isfinite().all().item<bool>()) throw Error("convert", "a factor holds NaN or infinity");
-  return {tensor.sizes().vec(), {data, data + flat.numel()}};
+FloatArray finite_array(const at::Tensor& tensor) {
+  if (!tensor.isfinite().all().item<bool>())
+    throw Error("convert", "a factor holds NaN or infinity");
+  return to_array(tensor);
 }
 
 // c_attn's parts as one pair: A on top of one another, B along a diagonal.
@@ -154,9 +154,9 @@ LoraSet read_hub(const fs::path& path, const ConvertBase& base) {
       throw Error("convert", fmt::format("{} holds {}, which is no factor of LoRA '{}'",
                                          path.string(), io::in_quotes(key), config.name));
     auto& module = modules[key.substr(0, at)];
-    if (suffix == "lora_A") module.a = to_array(tensor);
-    if (suffix == "lora_B") module.b = to_array(tensor);
-    if (suffix == "m.weight") module.magnitude = to_array(tensor.reshape({-1}));
+    if (suffix == "lora_A") module.a = finite_array(tensor);
+    if (suffix == "lora_B") module.b = finite_array(tensor);
+    if (suffix == "m.weight") module.magnitude = finite_array(tensor.reshape({-1}));
   }
   LoraSet set;
   for (auto& [name, module] : modules) {
@@ -249,11 +249,11 @@ Options options_of(const LoraSet& set, const Places& places) {
 void write_hub(const fs::path& out, LoraSet& set, const ConvertBase& base) {
   const auto model_type = base.model_type();
   const auto options = options_of(set, places_of(model_type));
-  const int64_t rank = set.largest_rank();
-  const bool dora = set.any_magnitude();
+  const int64_t rank = largest_rank(set.modules);
+  const bool dora = any_magnitude(set.modules);
   if (dora) refuse_biases(set, base);
   // DoRA's norms there are those of W + B A: the scaling has to be in B.
-  const auto common = dora ? std::nullopt : set.common_scaling();
+  const auto common = dora ? std::nullopt : common_scaling(set.modules);
   const auto name = out.filename().empty() ? out.parent_path().filename() : out.filename();
   std::vector<std::pair<std::string, FloatArray>> arrays;
   for (const auto& module : set.modules) {

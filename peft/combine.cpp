@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <budwood/peft/combine.h>
+#include <budwood/peft/fold.h>
 #include <budwood/peft/lora_folder.h>
 #include <budwood/peft/merge/adapter_file.h>
 #include <budwood/peft/methods/lora_config.h>
@@ -22,11 +23,6 @@ namespace {
 struct Factors {
   at::Tensor a, b;
 };
-
-at::Tensor wide(const FloatArray& array) {
-  return at::from_blob(const_cast<float*>(array.values.data()), array.shape, at::kFloat)
-      .to(at::kDouble);
-}
 
 // ||B A|| without the product.
 double norm_of(const Factors& f) {
@@ -162,7 +158,7 @@ CombineReport combine(const CombineOptions& options) {
                                             options.adapters[0].path.string()));
   }
   auto generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
-  std::vector<LoraFactors> factors;
+  std::vector<LoraModule> factors;
   for (const auto& [path, table] : modules) {
     std::vector<Factors> all;
     std::vector<double> scales;
@@ -189,7 +185,7 @@ CombineReport combine(const CombineOptions& options) {
     const Factors rest = beside({{a.to(at::kDouble), b.to(at::kDouble)}, {whole.a, -whole.b}});
     const double norm = norm_of(whole);
     report.modules.push_back({path, a.size(0), norm, norm > 0 ? norm_of(rest) / norm : 0.0});
-    factors.push_back({path, a, b, table});
+    factors.push_back({.path = path, .a = to_array(a), .b = to_array(b), .table = table});
   }
 
   auto config = std::make_shared<LoraConfig>();

@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <budwood/peft/extract.h>
+#include <budwood/peft/fold.h>
 #include <budwood/peft/io/hf_index.h>
 #include <budwood/peft/lora_folder.h>
 #include <budwood/peft/merge/base_layout.h>
@@ -109,17 +110,17 @@ void check_names(const io::ModelFiles& base, const io::ModelFiles& tuned) {
 ExtractReport extract(const ExtractOptions& options) {
   check(options);
   at::NoGradGuard no_grad;
-  const auto base = io::ModelFiles::open(options.base, io::Access::headers);
+  const PlainBase described(options.base);
+  const auto& base = described.files();
   const auto tuned = io::ModelFiles::open(options.tuned, io::Access::headers);
   check_names(base, tuned);
-  const PlainBase described(options.base);
   const BaseLayout layout(described);
   if (!quantization_of(described.config()).empty())
     throw Error("extract", options.base.string() + " is quantised: its plain weights are wanted");
 
   ExtractReport report;
   auto config = std::make_shared<LoraConfig>();
-  std::vector<LoraFactors> written;
+  std::vector<LoraModule> written;
   std::vector<std::string> extracted, others;
   bool any_target = false;
   std::map<std::string, ModuleInfo> modules;
@@ -159,7 +160,7 @@ ExtractReport extract(const ExtractOptions& options) {
     const auto factors = factors_of(delta, options);
     const auto& path = it->second.path;
     const int64_t rank = factors.a.size(0);
-    written.push_back({path, factors.a, factors.b});
+    written.push_back({.path = path, .a = to_array(factors.a), .b = to_array(factors.b)});
     extracted.push_back(path);
     report.modules.push_back({path, rank, norm, factors.energy});
     report.parameters += factors.a.numel() + factors.b.numel();

@@ -58,4 +58,15 @@ at::Tensor rounded_once(const at::Tensor& values, at::ScalarType dtype) {
   return rounded;
 }
 
+at::Tensor wide(const FloatArray& array) {
+  return at::from_blob(const_cast<float*>(array.values.data()), array.shape, at::kFloat)
+      .to(at::kDouble);
+}
+
+FloatArray to_array(const at::Tensor& tensor) {
+  const auto flat = tensor.to(at::kFloat).contiguous();
+  const auto* data = flat.const_data_ptr<float>();
+  return {tensor.sizes().vec(), {data, data + flat.numel()}};
+}
+
 }  // namespace budwood

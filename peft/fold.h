@@ -1,5 +1,6 @@
 #pragma once
 
+#include <budwood/peft/merge/fold_term.h>
 #include <budwood/quant/weight.h>
 
 #include <functional>
@@ -15,5 +16,9 @@ at::Tensor rounded_once(const at::Tensor& values, at::ScalarType dtype);
 /// that is not finite in it, naming the rows.
 quant::Weight folded_weight(const quant::Weight& weight,
                             const std::function<at::Tensor(at::Tensor, int64_t)>& fold);
+
+/// Arrays of adapter files as tensors, in fp64, and the reverse, in fp32.
+at::Tensor wide(const FloatArray& array);
+FloatArray to_array(const at::Tensor& tensor);
 
 }  // namespace budwood

@@ -85,13 +85,13 @@ MergeFilesReport merge_files(const MergeFilesOptions& options);
 /// How one tensor of a merged model stands to what it should be.
 struct VerifiedTensor {
   std::string name;
-  bool equal = true;      ///< byte for byte what merge_files writes in this dtype
+  bool equal = true;      ///< what merge_files writes in this dtype or these blocks, in every bit
   double delta_norm = 0;  ///< of the change D
   double survival = 1;    ///< as in MergedTensor
   double error = 0;       ///< likewise
   /// The largest distance of a value from the exact one, in steps between neighbours in the dtype
-  /// at the largest of old value, change and sum: at most 0.5 when rounded once. Infinite when the
-  /// tensor should not have changed and has.
+  /// at the largest of old value, change and sum, or between levels of its block of a packed form:
+  /// at most 0.5 when rounded once. Infinite when a plain tensor should not have changed and has.
   double steps = 0;
 };
 
@@ -103,8 +103,8 @@ struct VerifyFilesReport {
   std::string to_json(double steps) const;
 };
 
-/// Compares a merged model, the folder `options.out`, made by whatever tool, with what the model
-/// and the adapters make. Reads all of it piece by piece and writes nothing.
+/// Compares a merged model, the folder or the GGUF file `options.out`, plain or packed, made by
+/// whatever tool, with what the model and the adapters make. Reads all of it piece by piece and writes nothing.
 VerifyFilesReport verify_files(const MergeFilesOptions& options);
 
 struct UnmergeFilesOptions {

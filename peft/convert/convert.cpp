@@ -16,14 +16,7 @@ void check_output(const ConvertOptions& options, bool single_file) {
   if (!fs::exists(options.out)) return;
   const auto text = options.out.string();
   if (!options.overwrite) throw Error("convert", fmt::format("'{}' exists already", text));
-  const auto out = fs::weakly_canonical(options.out);
-  for (const auto& read : {options.adapter, options.model}) {
-    if (read.empty()) continue;
-    const auto from = fs::weakly_canonical(read);
-    if (std::mismatch(out.begin(), out.end(), from.begin(), from.end()).first == out.end())
-      throw Error("convert", fmt::format("{} is, or holds, {}, which is read: choose another name",
-                                         text, read.string()));
-  }
+  io::require_apart("convert", options.out, {options.adapter, options.model});
   if (fs::is_directory(options.out) == single_file)
     throw Error("convert",
                 fmt::format("'{}' is a {}, the output would be a {}", text,

@@ -157,7 +157,7 @@ void write_gguf(const fs::path& out, LoraSet& set, const ConvertBase& base) {
     alpha = own;
   }
   const bool usable = alpha && *alpha != 0.0f;
-  const float written = usable ? *alpha : static_cast<float>(set.largest_rank());
+  const float written = usable ? *alpha : static_cast<float>(largest_rank(set.modules));
   const auto factors = factors_of(set, base, written);
   std::vector<io::GgufTensorSpec> specs;
   for (const auto& factor : factors) specs.push_back(factor.spec);

@@ -25,18 +25,18 @@ std::vector<std::string> names() {
 
 }  // namespace
 
-int64_t LoraSet::largest_rank() const {
+int64_t largest_rank(const std::vector<LoraModule>& modules) {
   int64_t rank = 0;
   for (const auto& module : modules) rank = std::max(rank, module.rank());
   return rank;
 }
 
-bool LoraSet::any_magnitude() const {
+bool any_magnitude(const std::vector<LoraModule>& modules) {
   return std::any_of(modules.begin(), modules.end(),
                      [](const auto& module) { return module.magnitude.defined(); });
 }
 
-std::optional<double> LoraSet::common_scaling() const {
+std::optional<double> common_scaling(const std::vector<LoraModule>& modules) {
   for (const auto& module : modules)
     if (module.scaling != modules[0].scaling) return {};
   return modules.empty() ? std::optional<double>() : modules[0].scaling;

@@ -29,12 +29,12 @@ struct LoraSet {
   std::vector<LoraModule> modules;
   std::optional<std::string> base_model, task_type;
   std::vector<std::string> warnings;
-
-  int64_t largest_rank() const;
-  bool any_magnitude() const;
-  /// The scaling that all modules share.
-  std::optional<double> common_scaling() const;
 };
+
+int64_t largest_rank(const std::vector<LoraModule>& modules);
+bool any_magnitude(const std::vector<LoraModule>& modules);
+/// The scaling that all modules share.
+std::optional<double> common_scaling(const std::vector<LoraModule>& modules);
 
 /// B times a factor, rounded once.
 FloatArray scaled(const FloatArray& b, double factor);

@@ -92,9 +92,9 @@ LoraSet read_mlx(const fs::path& path, const ConvertBase&) {
 }
 
 void write_mlx(const fs::path& out, LoraSet& set, const ConvertBase&) {
-  const int64_t rank = set.largest_rank();
-  const auto scale = set.common_scaling();
-  const bool dora = set.any_magnitude();
+  const int64_t rank = largest_rank(set.modules);
+  const auto scale = common_scaling(set.modules);
+  const bool dora = any_magnitude(set.modules);
   std::vector<std::string> keys;
   std::vector<std::pair<std::string, FloatArray>> arrays;
   for (const auto& module : set.modules) {

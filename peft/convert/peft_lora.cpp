@@ -1,5 +1,5 @@
-#include <budwood/peft/convert/factors_file.h>
 #include <budwood/peft/convert/lora_set.h>
+#include <budwood/peft/lora_folder.h>
 #include <budwood/peft/merge/adapter_file.h>
 #include <budwood/peft/methods/lora_config.h>
 #include <budwood/quant/error.h>
@@ -13,7 +13,6 @@ namespace budwood {
 namespace {
 
 namespace fs = std::filesystem;
-constexpr const char* kWeights = "adapter_model.safetensors";
 
 LoraSet read_peft(const fs::path& path, const ConvertBase&) {
   const auto file = AdapterFile::open(path);
@@ -54,34 +53,13 @@ LoraSet read_peft(const fs::path& path, const ConvertBase&) {
 
 void write_peft(const fs::path& out, LoraSet& set, const ConvertBase&) {
   LoraConfig config;
-  config.r = set.largest_rank();
-  config.lora_alpha = set.common_scaling().value_or(1.0) * static_cast<double>(config.r);
-  config.use_dora = set.any_magnitude();
-  config.inference_mode = true;
   config.base_model_name_or_path = set.base_model;
   config.task_type = set.task_type;
   std::vector<std::string> targets;
-  std::vector<std::pair<std::string, FloatArray>> arrays;
-  for (const auto& module : set.modules) {
-    targets.push_back(module.path);
-    const double alpha = module.scaling * static_cast<double>(module.rank());
-    if (module.rank() != config.r) config.rank_pattern.emplace_back(module.path, module.rank());
-    if (alpha != config.lora_alpha) config.alpha_pattern.emplace_back(module.path, alpha);
-    const auto key = "base_model.model." + module.path;
-    arrays.emplace_back(key + (module.table ? ".lora_embedding_A" : ".lora_A.weight"), module.a);
-    arrays.emplace_back(key + (module.table ? ".lora_embedding_B" : ".lora_B.weight"), module.b);
-    if (module.magnitude.defined())
-      arrays.emplace_back(key + ".lora_magnitude_vector", module.magnitude);
-    else if (config.use_dora)
-      throw Error("convert",
-                  fmt::format("{} has no magnitude, and other modules have one", module.path));
-  }
+  for (const auto& module : set.modules) targets.push_back(module.path);
   std::sort(targets.begin(), targets.end());
   config.target_modules = targets;
-  io::AtomicFolder folder(out, io::Existing::replace);
-  io::write_file(folder.path() / "adapter_config.json", config.to_json());
-  write_factors(folder.path() / kWeights, arrays, {{"format", "pt"}});
-  folder.commit();
+  write_lora_folder(out, config, set.modules, /*overwrite=*/true);
 }
 
 const bool registered =

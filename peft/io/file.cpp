@@ -4,9 +4,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <fmt/format.h>
+
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <algorithm>
 
 #include <cstring>
 #include <utility>
@@ -134,6 +136,18 @@ std::string read_file(const fs::path& path, uint64_t max_bytes) {
     done += static_cast<size_t>(n);
   }
   return text;
+}
+
+void require_apart(std::string_view where, const std::filesystem::path& out,
+                   const std::vector<std::filesystem::path>& read) {
+  const auto to = std::filesystem::weakly_canonical(out);
+  for (const auto& path : read) {
+    if (path.empty()) continue;
+    const auto from = std::filesystem::weakly_canonical(path);
+    if (std::mismatch(to.begin(), to.end(), from.begin(), from.end()).first == to.end())
+      throw Error(where, fmt::format("{} is, or holds, {}, which is read: choose another name",
+                                     out.string(), path.string()));
+  }
 }
 
 }  // namespace budwood::io

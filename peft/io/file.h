@@ -6,10 +6,14 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 /// Files: reading them by mapping, and writing them so that nobody ever sees half of one.
 /// Every failure is an Error that names the file and the system's reason.
 namespace budwood::io {
+
+/// How a model's files are opened: mapped, or their headers only, to be read piece by piece.
+enum class Access { mapped, headers };
 
 /// A whole file, mapped privately: pages are shared with the file until somebody writes to them,
 /// and a write never reaches the file. Tensors that view it keep it alive by a shared_ptr.
@@ -48,6 +52,7 @@ class RandomFile {
   RandomFile(RandomFile&& other) noexcept;
   RandomFile& operator=(RandomFile&&) = delete;
 
+  const std::filesystem::path& path() const { return path_; }
   /// Length in bytes, as it was when the file was opened.
   uint64_t size() const { return size_; }
   /// `bytes` bytes from `begin` on; throws when the file has not so many.
@@ -91,6 +96,11 @@ class AtomicFile {
 
 /// Writes `bytes` to a file, atomically.
 void write_file(const std::filesystem::path& path, std::string_view bytes);
+
+/// Throws Error(where, ...) when an output is, or holds, something that is read; empty paths are
+/// left out.
+void require_apart(std::string_view where, const std::filesystem::path& out,
+                   const std::vector<std::filesystem::path>& read);
 
 /// What AtomicFolder does with a folder that already stands at the target.
 enum class Existing {

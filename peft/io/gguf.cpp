@@ -4,6 +4,7 @@
 #include <budwood/quant/error.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <limits>
@@ -18,26 +19,34 @@ constexpr uint32_t kMaxDims = 4;
 
 static_assert(std::endian::native == std::endian::little, "GGUF is read without byte swaps");
 
+}  // namespace
+
 /// Reads fields one after another and never past the end.
-class Cursor {
+class GgufCursor {
  public:
-  explicit Cursor(const MappedFile& file)
-      : path_(file.path().string()), data_(file.data()), size_(file.size()) {}
+  explicit GgufCursor(const MappedFile& file)
+      : path_(file.path()), data_(file.data()), size_(file.size()), held_(file.size()) {}
+  explicit GgufCursor(const RandomFile& file)
+      : path_(file.path()), size_(file.size()), pieces_(&file) {}
 
   [[noreturn]] void refuse(const std::string& fact) const {
-    throw Error(kWhere, fmt::format("{}: {}", path_, fact));
+    throw Error(kWhere, fmt::format("{}: {}", path_.string(), fact));
   }
 
-  size_t position() const { return at_; }
-  size_t remaining() const { return size_ - at_; }
+  const std::filesystem::path& path() const { return path_; }
+  uint64_t position() const { return at_; }
+  uint64_t size() const { return size_; }
+  uint64_t remaining() const { return size_ - at_; }
 
+  /// The next bytes, until the next call.
   const std::byte* take(uint64_t bytes, std::string_view what) {
     if (bytes > remaining())
       refuse(
           fmt::format("{} needs {} bytes at offset {}, the file holds {} more; it is truncated "
                       "or damaged",
                       what, bytes, at_, remaining()));
-    const std::byte* from = data_ + at_;
+    if (at_ + bytes > held_) fetch(bytes);
+    const std::byte* from = data_ + (at_ - first_);
     at_ += bytes;
     return from;
   }
@@ -64,14 +73,28 @@ class Cursor {
   }
 
  private:
-  std::string path_;
-  const std::byte* data_;
-  size_t size_, at_ = 0;
+  // The bytes from here on, at least so many.
+  void fetch(uint64_t bytes) {
+    constexpr uint64_t kAtOnce = uint64_t{1} << 20;
+    buffer_.resize(std::min(std::max(bytes, kAtOnce), remaining()));
+    pieces_->read(at_, buffer_.data(), buffer_.size());
+    data_ = buffer_.data();
+    first_ = at_;
+    held_ = at_ + buffer_.size();
+  }
+
+  std::filesystem::path path_;
+  const std::byte* data_ = nullptr;                // of the file from first_ on
+  uint64_t size_, held_ = 0, first_ = 0, at_ = 0;  // held_: the end of what data_ points to
+  const RandomFile* pieces_ = nullptr;
+  std::vector<std::byte> buffer_;
 };
+
+namespace {
 
 // Elements of alternative I of GgufArray.
 template <typename T>
-std::vector<T> read_elements(Cursor& in, uint64_t count, const std::string& what) {
+std::vector<T> read_elements(GgufCursor& in, uint64_t count, const std::string& what) {
   std::vector<T> values;
   if constexpr (std::is_same_v<T, std::string>) {
     if (count > in.remaining() / sizeof(uint64_t))
@@ -94,7 +117,7 @@ std::vector<T> read_elements(Cursor& in, uint64_t count, const std::string& what
 }
 
 template <size_t I = 0>
-GgufArray read_array_of(uint32_t type, Cursor& in, uint64_t count, const std::string& what) {
+GgufArray read_array_of(uint32_t type, GgufCursor& in, uint64_t count, const std::string& what) {
   if constexpr (I == std::variant_size_v<GgufArray>) {
     in.refuse(fmt::format("{} is an array of the unknown type {}", what, type));
   } else {
@@ -109,7 +132,7 @@ GgufArray read_array_of(uint32_t type, Cursor& in, uint64_t count, const std::st
 }
 
 template <size_t I = 0>
-GgufValue read_value(uint32_t type, Cursor& in, const std::string& what) {
+GgufValue read_value(uint32_t type, GgufCursor& in, const std::string& what) {
   if constexpr (I == std::variant_size_v<GgufValue>) {
     in.refuse(fmt::format("{} is of the unknown type {}", what, type));
   } else {
@@ -132,7 +155,7 @@ GgufValue read_value(uint32_t type, Cursor& in, const std::string& what) {
   }
 }
 
-uint32_t read_version(Cursor& in) {
+uint32_t read_version(GgufCursor& in) {
   const auto* magic = in.take(4, "the magic");
   if (std::memcmp(magic, "GGUF", 4) != 0)
     in.refuse(fmt::format("it begins with {}, not with 'GGUF'; this is no GGUF file",
@@ -146,7 +169,7 @@ uint32_t read_version(Cursor& in) {
   return version;
 }
 
-uint32_t alignment_of(const Cursor& in, const GgufValue* value) {
+uint32_t alignment_of(const GgufCursor& in, const GgufValue* value) {
   if (!value) return 32;
   const auto* alignment = std::get_if<uint32_t>(value);
   if (!alignment)
@@ -157,7 +180,7 @@ uint32_t alignment_of(const Cursor& in, const GgufValue* value) {
   return *alignment;
 }
 
-GgufTensor read_tensor_info(Cursor& in, uint64_t number) {
+GgufTensor read_tensor_info(GgufCursor& in, uint64_t number) {
   GgufTensor t;
   t.name = in.read_string(fmt::format("the name of tensor {}", number));
   const auto refuse = [&](const std::string& fact) {
@@ -202,13 +225,38 @@ void require_decodable(GgmlType type, std::string_view tensor, std::string_view 
                                     quant::kernels::decodable_ggml_types()));
 }
 
-GgufFile GgufFile::open(const std::filesystem::path& path) {
-  return parse(MappedFile::open(path));
+void GgufTensor::read(uint64_t begin, void* to, size_t count) const {
+  if (begin > bytes || count > bytes - begin)
+    throw Error(kWhere, fmt::format("{} has {} bytes, {} at {} were asked for", in_quotes(name),
+                                    bytes, count, begin));
+  if (data != nullptr)
+    std::memcpy(to, data + begin, count);
+  else
+    pieces->read(place + begin, to, count);
+}
+
+GgufFile GgufFile::open(const std::filesystem::path& path, Access access) {
+  if (access == Access::mapped) return parse(MappedFile::open(path));
+  const auto pieces = std::make_shared<const RandomFile>(path);
+  GgufCursor in(*pieces);
+  auto file = parse(in);
+  for (auto& tensor : file.tensors_) tensor.pieces = pieces;
+  return file;
 }
 
 GgufFile GgufFile::parse(std::shared_ptr<MappedFile> mapped) {
+  GgufCursor in(*mapped);
+  auto file = parse(in);
+  for (auto& tensor : file.tensors_) {
+    tensor.data = mapped->data() + tensor.place;
+    tensor.file = mapped;
+  }
+  return file;
+}
+
+GgufFile GgufFile::parse(GgufCursor& in) {
   GgufFile file;
-  Cursor in(*mapped);
+  file.path_ = in.path();
   file.version_ = read_version(in);
   const auto n_tensors = in.read<uint64_t>("the number of tensors");
   const auto n_kv = in.read<uint64_t>("the number of keys");
@@ -237,22 +285,20 @@ GgufFile GgufFile::parse(std::shared_ptr<MappedFile> mapped) {
 
   const uint64_t mask = uint64_t{file.alignment_} - 1;
   const uint64_t begin = (in.position() + mask) & ~mask;
-  const uint64_t space = begin <= mapped->size() ? mapped->size() - begin : 0;
+  const uint64_t space = begin <= in.size() ? in.size() - begin : 0;
   uint64_t expected = 0;
   for (auto& t : file.tensors_) {
     if (t.offset != expected)
       in.refuse(fmt::format("tensor {}: its data is at offset {}, {} was expected",
                             in_quotes(t.name), t.offset, expected));
-    if (begin > mapped->size() || t.offset > space || t.bytes > space - t.offset)
+    if (begin > in.size() || t.offset > space || t.bytes > space - t.offset)
       in.refuse(
           fmt::format("tensor {}: its {} bytes at offset {} end beyond the {} bytes of data; "
                       "the file is truncated",
                       in_quotes(t.name), t.bytes, t.offset, space));
     expected = (t.offset + t.bytes + mask) & ~mask;  // both are within the file: no overflow
-    t.data = mapped->data() + begin + t.offset;
-    t.file = mapped;
+    t.place = begin + t.offset;
   }
-  file.file_ = std::move(mapped);
   if (file.has("split.count") && file.get_u32("split.count") > 1)
     in.refuse(
         fmt::format("it is one of {} parts of a split file, which is not supported; join "

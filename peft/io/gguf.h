@@ -34,7 +34,8 @@ using GgufMetadata = std::vector<std::pair<std::string, GgufValue>>;
 /// "u32", "string", "array of f32": for listings and errors.
 std::string gguf_type_name(const GgufValue& value);
 
-/// One tensor of an open file. `data` lives as long as `file` does.
+/// One tensor of an open file. `data` lives as long as `file` does; both are null in a file that is
+/// read piece by piece.
 struct GgufTensor {
   std::string name;
   GgmlType type = GgmlType::f32;
@@ -43,6 +44,11 @@ struct GgufTensor {
   uint64_t bytes = 0;
   const std::byte* data = nullptr;
   std::shared_ptr<MappedFile> file;
+  std::shared_ptr<const RandomFile> pieces;
+  uint64_t place = 0;  ///< bytes from the start of the file
+
+  /// Bytes [begin, begin + count) of the data, however the file was opened. From several threads.
+  void read(uint64_t begin, void* to, size_t count) const;
 };
 
 /// Throws when Budwood cannot decode the type; `tensor` and `path` are named in the error.
@@ -53,7 +59,7 @@ void require_decodable(GgmlType type, std::string_view tensor, std::string_view 
 /// require_decodable.
 class GgufFile {
  public:
-  static GgufFile open(const std::filesystem::path& path);
+  static GgufFile open(const std::filesystem::path& path, Access access = Access::mapped);
   static GgufFile parse(std::shared_ptr<MappedFile> file);
 
   /// All keys, in the order of the file.
@@ -85,11 +91,12 @@ class GgufFile {
 
   uint32_t version() const { return version_; }
   uint32_t alignment() const { return alignment_; }
-  const std::filesystem::path& path() const { return file_->path(); }
+  const std::filesystem::path& path() const { return path_; }
 
  private:
   const GgufValue& value(std::string_view key) const;
-  std::shared_ptr<MappedFile> file_;
+  static GgufFile parse(class GgufCursor& in);
+  std::filesystem::path path_;
   GgufMetadata metadata_;
   std::vector<GgufTensor> tensors_;
   std::unordered_map<std::string, size_t> keys_, index_;

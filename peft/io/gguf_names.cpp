@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <array>
+#include <limits>
 #include <string_view>
 #include <utility>
 
@@ -61,6 +62,13 @@ std::optional<std::string> name_from_gguf(const std::string& name) {
     if (rest.substr(next + 1) == theirs)
       return fmt::format("model.layers.{}.{}{}", rest.substr(0, next), own, suffix);
   return {};
+}
+
+int64_t gguf_place(const std::string& name) {
+  if (name.starts_with("token_embd")) return -2;
+  if (name == kRopeDivisors) return -1;
+  if (name.starts_with("blk.")) return std::stoll(name.substr(4));
+  return std::numeric_limits<int64_t>::max();
 }
 
 bool rotary_rows(const std::string& name) {

@@ -12,6 +12,11 @@ std::string gguf_name(const std::string& name);
 /// The inverse; nothing for a name that transformers has no tensor for.
 std::optional<std::string> name_from_gguf(const std::string& name);
 
+/// Divisors of the rotary frequencies, which have no name in transformers.
+inline constexpr const char* kRopeDivisors = "rope_freqs.weight";
+/// Sorts a file's tensors: the token table, those divisors, the layers by number, the rest.
+int64_t gguf_place(const std::string& name);
+
 /// Whether a tensor's rows are permuted in files of architecture "llama"; name is transformers'.
 bool rotary_rows(const std::string& name);
 /// Files of architecture "llama" rotate neighbours (2i, 2i + 1) of a head, transformers halves

@@ -19,9 +19,6 @@ namespace budwood::io {
 /// snapshots/<revision>/<name> points to blobs/<hash>. Throws otherwise.
 std::filesystem::path file_in_folder(const std::filesystem::path& folder, const std::string& name);
 
-/// How a model's files are opened: mapped, or their headers only, to be read piece by piece.
-enum class Access { mapped, headers };
-
 /// The open weight files of one model. Index and files must agree entirely: a missing shard, a
 /// tensor that is not where the index says and one that the index does not know are errors.
 class ModelFiles {

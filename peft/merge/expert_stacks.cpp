@@ -78,6 +78,7 @@ void MergePlan::add_stack(const AdapterFile& adapter, double weight, const std::
   const int64_t in = stack->a.shape[1], out = stack->b.shape[0];
   if (layout.find(parameter) != nullptr) {
     auto& output = *output_of(parameter);
+    output.grouped = false;
     const auto& shape = output.spec.shape;
     output.transposed = shape[1] == in;
     if (in == out)
@@ -101,6 +102,7 @@ void MergePlan::add_stack(const AdapterFile& adapter, double weight, const std::
                                           adapter.folder().string(), name));
             continue;
           }
+          output->grouped = false;
           output->edits.push_back(
               {&adapter, parameter, weight,
                ExpertEdit{

@@ -2,6 +2,7 @@
 
 #include <budwood/peft/io/hf_index.h>
 #include <budwood/peft/merge/fold_term.h>
+#include <budwood/peft/merge/packed_rows.h>
 
 #include <cstddef>
 #include <filesystem>
@@ -14,14 +15,6 @@
 #include <vector>
 
 namespace budwood {
-
-/// A matrix of codes or blocks that is decoded by rows, from several threads.
-class PackedRows {
- public:
-  virtual ~PackedRows() = default;
-  /// Rows [begin, begin + rows) of the matrix, contiguous.
-  virtual void read(int64_t begin, int64_t rows, float* to) const = 0;
-};
 
 /// A model that adapters are folded into: its tensors under the names and shapes that a Hugging
 /// Face class gives them, however its files hold them. From several threads.
@@ -73,6 +66,7 @@ class PlainBase final : public MergeBase {
     files_.read(tensor, begin, to, bytes);
   }
   void carry_over(const std::filesystem::path& folder) const override;
+  const io::ModelFiles& files() const { return files_; }
 
  private:
   io::ModelFiles files_;

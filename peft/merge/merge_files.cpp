@@ -127,17 +127,9 @@ namespace {
 
 // Overwriting is for what a merge made, never for what it reads.
 void check_output(const MergeFilesOptions& options) {
-  const auto out = fs::weakly_canonical(options.out);
-  const auto check = [&](const fs::path& read) {
-    const auto from = fs::weakly_canonical(read);
-    if (std::mismatch(out.begin(), out.end(), from.begin(), from.end()).first == out.end())
-      throw Error("merge_files", fmt::format("{} is, or holds, {}, which is read: choose another "
-                                             "name",
-                                             options.out.string(), read.string()));
-  };
-  check(options.model);
-  if (!options.original.empty()) check(options.original);
-  for (const auto& source : options.adapters) check(source.path);
+  std::vector<fs::path> read = {options.model, options.original};
+  for (const auto& source : options.adapters) read.push_back(source.path);
+  io::require_apart("merge_files", options.out, read);
 }
 
 MergeFilesReport merge_into_folder(const MergeFilesOptions& options) {

@@ -238,11 +238,17 @@ void MergePlan::add(const AdapterFile& adapter, double weight) {
     if (output.rescaled || (term.scales.defined() && !output.edits.empty()))
       faults_.push_back(fmt::format("{}: PEQA's scales are merged alone", module));
     output.rescaled |= term.scales.defined();
+    output.new_zeros |= term.zeros.defined();
+    output.grouped = term.group > 0 && (output.edits.empty() || output.grouped);
+    const bool additive = term.a.defined() && !term.gain.defined() && !term.magnitude.defined() &&
+                          !term.input_gain.defined();
+    output.additive &= additive;
     output.alone |= term.magnitude.defined();
     output.edits.push_back({&adapter, module, weight});
     if (!term.inner_bias.defined() && !term.gain.defined()) continue;
     if (auto* const bias = output_of(module + ".bias")) {
       bias->bias = true;
+      bias->additive &= additive;
       bias->edits.push_back({&adapter, module, weight});
     } else if (term.inner_bias.defined()) {
       faults_.push_back(

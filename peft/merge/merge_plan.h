@@ -42,6 +42,9 @@ struct MergeOutput {
   bool bias = false;                       ///< the edits are those of the module's bias
   bool alone = false;                      ///< one of the edits sets norms, and suffers no other
   bool rescaled = false;                   ///< the only edit sets scales
+  bool new_zeros = false;                  ///< and zero points
+  bool grouped = false;                    ///< what edits add is constant in groups of columns
+  bool additive = true;                    ///< edits only add
   bool changed() const { return whole != nullptr || !edits.empty() || !rows.empty(); }
   /// New rows of a table: their ids, and the tensor of an adapter that holds them.
   std::vector<std::pair<std::vector<int64_t>, const io::TensorInfo*>> rows;

@@ -134,12 +134,7 @@ UnmergeFilesReport by_subtraction(const UnmergeFilesOptions& options) {
     const MergePlan plan(checked);
     std::vector<std::string> more;
     for (const auto& output : plan.outputs) {
-      bool additive = output.whole == nullptr && output.rows.empty();
-      for (const auto& edit : output.edits) {
-        const auto term = edit.term(output.spec.shape);
-        additive &= term.a.defined() && !term.gain.defined() && !term.magnitude.defined() &&
-                    !term.input_gain.defined();
-      }
+      const bool additive = output.whole == nullptr && output.rows.empty() && output.additive;
       if (!additive) more.push_back(output.spec.name);
     }
     if (!more.empty())
@@ -164,15 +159,7 @@ UnmergeFilesReport by_subtraction(const UnmergeFilesOptions& options) {
 UnmergeFilesReport unmerge_files(const UnmergeFilesOptions& options) {
   if (options.max_shard_size < 1)
     throw Error("unmerge_files", "max_shard_size is a positive number of bytes");
-  const auto out = fs::weakly_canonical(options.out);
-  for (const auto& read : {options.model, options.base}) {
-    if (read.empty()) continue;
-    const auto from = fs::weakly_canonical(read);
-    if (std::mismatch(out.begin(), out.end(), from.begin(), from.end()).first == out.end())
-      throw Error("unmerge_files", fmt::format("{} is, or holds, {}, which is read: choose another "
-                                               "name",
-                                               options.out.string(), read.string()));
-  }
+  io::require_apart("unmerge_files", options.out, {options.model, options.base});
   if (options.base.empty())
     if (const auto backup = read_backup(options.model)) return from_backup(options, *backup);
   if (options.adapters.empty())

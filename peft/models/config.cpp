@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <budwood/peft/models/config.h>
+#include <budwood/peft/models/rope.h>
 #include <budwood/quant/error.h>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -301,7 +302,7 @@ Json from_fields(const ModelConfig& c) {
                {"num_key_value_heads", c.num_key_value_heads},
                {"pad_token_id", c.pad_token_id ? Json(*c.pad_token_id) : Json()},
                {"rms_norm_eps", c.rms_norm_eps},
-               {"rope_parameters", rope_json(c.rope)},
+               {"rope_parameters", rope_json(llama3_of(c.rope, c.head_dim).value_or(c.rope))},
                {"use_cache", true},
                {"vocab_size", c.vocab_size}};
   if (c.eos_token_id.size() == 1)

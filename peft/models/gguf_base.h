@@ -8,6 +8,11 @@
 
 namespace budwood::models {
 
+/// One row in a type of ggml, each value rounded once, and what is read of it again (may be the row
+/// itself). False when the type is not written or a value is not finite in it.
+bool encode_row(io::GgmlType type, const double* values, int64_t cols, std::byte* bytes,
+                double* written);
+
 /// A GGUF file that adapters are folded into.
 class GgufBase final : public MergeBase {
  public:

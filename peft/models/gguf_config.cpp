@@ -48,7 +48,7 @@ RopeConfig read_rope(const io::GgufFile& file, const std::string& arch, int64_t 
         divisors->shape != std::vector<int64_t>{head_dim / 2})
       throw Error("gguf", fmt::format("rope_freqs.weight is F32 [{}]", head_dim / 2));
     rope.frequency_divisors.resize(static_cast<size_t>(head_dim / 2));
-    std::memcpy(rope.frequency_divisors.data(), divisors->data, divisors->bytes);
+    divisors->read(0, rope.frequency_divisors.data(), divisors->bytes);
   }
   return rope;
 }

@@ -10,6 +10,8 @@
 namespace budwood::models {
 
 using io::gguf_name;
+using io::gguf_place;
+using io::kRopeDivisors;
 using io::name_from_gguf;
 using io::rotary_rows;
 using io::row_in_gguf;

@@ -89,7 +89,7 @@ GgufSource::GgufSource(const std::string& path, at::ScalarType dtype, bool packe
       dtype_(dtype),
       packed_(packed),
       permuted_(file_.get_string("general.architecture") == "llama") {
-  used_.insert("rope_freqs.weight");
+  used_.insert(kRopeDivisors);
 }
 
 bool GgufSource::has(const std::string& name) const {

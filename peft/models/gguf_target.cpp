@@ -1,6 +1,5 @@
 #include <fmt/format.h>
 
-#include <budwood/peft/kernels/fold.h>
 #include <budwood/peft/merge/merge_target.h>
 #include <budwood/peft/models/gguf_base.h>
 #include <budwood/peft/models/gguf_config.h>
@@ -9,25 +8,19 @@
 #include <budwood/quant/error.h>
 #include <budwood/quant/kernels/gguf_blocks.h>
 #include <algorithm>
-#include <limits>
 #include <optional>
 
 namespace budwood::models {
 namespace {
 
 using io::GgmlType;
-using quant::kernels::FloatType;
 using quant::kernels::ggml_type_name;
 using quant::kernels::ggml_type_traits;
 
-constexpr const char* kRopeDivisors = "rope_freqs.weight";
 constexpr int64_t kCopiedBytes = 1 << 20;
 
-std::optional<FloatType> float_type(GgmlType type) {
-  if (type == GgmlType::f32) return FloatType::fp32;
-  if (type == GgmlType::f16) return FloatType::fp16;
-  if (type == GgmlType::bf16) return FloatType::bf16;
-  return {};
+bool is_float(GgmlType type) {
+  return type == GgmlType::f32 || type == GgmlType::f16 || type == GgmlType::bf16;
 }
 
 /// A tensor whose bytes are those of the model's file.
@@ -39,11 +32,12 @@ class CopiedItem final : public MergeItem {
     return (static_cast<int64_t>(tensor_.bytes) + kCopiedBytes - 1) / kCopiedBytes;
   }
   MergePiece make(int64_t piece) override {
-    const auto* begin = tensor_.data + piece * kCopiedBytes;
-    const auto* end = std::min(begin + kCopiedBytes, tensor_.data + tensor_.bytes);
-    return {{begin, end}, {}};
+    const auto begin = static_cast<uint64_t>(piece * kCopiedBytes);
+    MergePiece made;
+    made.bytes.resize(std::min<uint64_t>(kCopiedBytes, tensor_.bytes - begin));
+    tensor_.read(begin, made.bytes.data(), made.bytes.size());
+    return made;
   }
-  void done() override { tensor_.file->release(tensor_.data, tensor_.bytes); }
 
  private:
   const io::GgufTensor& tensor_;
@@ -98,16 +92,7 @@ class RowsItem final : public MergeItem {
 
  private:
   void encode(const double* values, std::byte* bytes, double* written) const {
-    const int64_t cols = rows_.cols();
-    if (const auto plain = float_type(type_)) {
-      if (!kernels::round_once(values, *plain, bytes, cols)) refuse();
-      return kernels::widen(*plain, bytes, written, cols);
-    }
-    thread_local std::vector<float> row;
-    row.assign(values, values + cols);
-    if (!quant::kernels::quantize_row(type_, row.data(), bytes, cols).ok()) refuse();
-    quant::kernels::dequantize_row(type_, bytes, row.data(), cols);
-    std::copy(row.begin(), row.end(), written);
+    if (!encode_row(type_, values, rows_.cols(), bytes, written)) refuse();
   }
   [[noreturn]] void refuse() const {
     throw Error("merge_files", fmt::format("'{}' holds values that are not finite in {}; nothing "
@@ -183,16 +168,10 @@ class GgufTarget final : public MergeTarget {
   }
 
  private:
-  // The token table, the layers by number, the rest.
   std::vector<std::pair<std::string, const MergeOutput*>> in_file_order() const {
-    const auto place = [](const std::string& name) -> int64_t {
-      if (name.starts_with("token_embd")) return -1;
-      if (name.starts_with("blk.")) return std::stoll(name.substr(4));
-      return std::numeric_limits<int64_t>::max();
-    };
     std::vector<std::pair<std::string, const MergeOutput*>> all;
     for (const auto& output : plan_.outputs) all.emplace_back(gguf_name(output.spec.name), &output);
-    std::ranges::stable_sort(all, {}, [&](const auto& one) { return place(one.first); });
+    std::ranges::stable_sort(all, {}, [](const auto& one) { return gguf_place(one.first); });
     return all;
   }
 
@@ -211,7 +190,7 @@ class GgufTarget final : public MergeTarget {
       return GgmlType::q8_0;
     if (options_.dtype == "q4_0") return GgmlType::q4_0;
     if (options_.dtype == "q4_1") return GgmlType::q4_1;
-    if (own && (options_.into == "requantised" || !output.changed() || float_type(own->type)))
+    if (own && (options_.into == "requantised" || !output.changed() || is_float(own->type)))
       return own->type;
     if (plan_.base->packed(*output.source)) return GgmlType::f16;
     return output.spec.dtype == io::Dtype::f32    ? GgmlType::f32

@@ -9,8 +9,13 @@
 namespace budwood::models {
 namespace {
 
-// The dtype of activations is that of the weights, so one table of a model decides for all. Scales
-// of packed weights have names of their own and do not count.
+// "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj."
+std::string layer_of(const std::string& name) {
+  return name.substr(0, name.rfind('.') + 1);
+}
+
+}  // namespace
+
 at::ScalarType most_common_float(const io::ModelFiles& files) {
   std::map<at::ScalarType, uint64_t> bytes;
   for (const auto* info : files.tensors()) {
@@ -26,18 +31,10 @@ at::ScalarType most_common_float(const io::ModelFiles& files) {
   return best;
 }
 
-// "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj."
-std::string layer_of(const std::string& name) {
-  return name.substr(0, name.rfind('.') + 1);
-}
-
-// A layer's tensors end in one name, or in "weight" and one more: "up_proj.weight.absmax".
 std::string layer_of_part(const std::string& name) {
   const auto weight = name.find(".weight.");
   return weight == std::string::npos ? layer_of(name) : name.substr(0, weight + 1);
 }
-
-}  // namespace
 
 HfSource::HfSource(const std::string& folder, std::optional<at::ScalarType> dtype,
                    const std::string& quantization_config)

@@ -8,6 +8,13 @@
 
 namespace budwood::models {
 
+/// The dtype of activations: that of most weights, so one table of a model decides nothing. Scales
+/// of packed weights have names of their own and do not count.
+at::ScalarType most_common_float(const io::ModelFiles& files);
+/// "model.layers.0.mlp.up_proj." of a tensor of that layer: its name ends in one more name, or in
+/// "weight" and one more ("up_proj.weight.absmax").
+std::string layer_of_part(const std::string& name);
+
 /// Weights of a Hugging Face folder. Tensors whose dtype is unchanged are views of the mapped file,
 /// and so are the codes of a quantised folder where their layout is the one that is multiplied.
 class HfSource final : public WeightSource {

@@ -1,36 +1,19 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <budwood/peft/models/hf_source.h>
 #include <budwood/peft/models/packed_base.h>
 #include <budwood/peft/tensor_file.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
 
 namespace budwood::models {
 namespace {
 
 // Parts up to this size are settings, which tell the shape of the matrix.
 constexpr uint64_t kSettingsBytes = 4096;
-
-// A layer's tensors end in one name, or in "weight" and one more: "up_proj.weight.absmax".
-std::string layer_of_part(const std::string& name) {
-  const auto weight = name.find(".weight.");
-  return weight == std::string::npos ? name.substr(0, name.rfind('.') + 1)
-                                     : name.substr(0, weight + 1);
-}
-
-// What plain weights are stored in decides for what codes stand for.
-io::Dtype most_common_float(const io::ModelFiles& files) {
-  std::map<io::Dtype, uint64_t> bytes;
-  for (const auto* tensor : files.tensors())
-    if ((tensor->name.ends_with(".weight") || tensor->name.ends_with(".bias")) &&
-        (tensor->dtype == io::Dtype::f32 || tensor->dtype == io::Dtype::bf16 ||
-         tensor->dtype == io::Dtype::f16))
-      bytes[tensor->dtype] += tensor->bytes();
-  const auto most = std::ranges::max_element(bytes, {}, [](const auto& one) { return one.second; });
-  return most == bytes.end() ? io::Dtype::f32 : most->first;
-}
 
 class WeightRows final : public PackedRows {
  public:
@@ -40,8 +23,26 @@ class WeightRows final : public PackedRows {
     const auto values = weight_.rows(begin, begin + rows, at::kFloat).contiguous();
     std::copy_n(values.const_data_ptr<float>(), values.numel(), to);
   }
+  PackedLevels levels() const override {
+    switch (weight_.format) {
+      case quant::Format::nf4:  // the widest gap is that between -1 and its neighbour
+        return {.block = weight_.parts[2].item<int64_t>(), .share = 0.30381};
+      case quant::Format::fp4:
+        return {.block = weight_.parts[2].item<int64_t>(), .share = 1.0 / 3};
+      case quant::Format::int8_rows:
+        return {.share = 1.0 / 127};
+      case quant::Format::affine4:
+        return {.block = group(), .share = 1.0 / 15, .of_range = true};
+      case quant::Format::affine8:
+        return {.block = group(), .share = 1.0 / 255, .of_range = true};
+      default:
+        return {};
+    }
+  }
 
  private:
+  // Where columns are stored in another order, groups lie anywhere in a row.
+  int64_t group() const { return weight_.parts.size() > 4 ? 0 : weight_.parts[3].item<int64_t>(); }
   quant::Weight weight_;
 };
 
@@ -67,21 +68,21 @@ PackedBase::PackedBase(const std::filesystem::path& folder)
     layers[path].path = path;
     layers[path].parts.push_back(tensor);
   }
-  const auto dtype = most_common_float(files_);
+  // What plain weights are stored in decides for what codes stand for.
+  const auto dtype = stored_dtype(most_common_float(files_));
+  std::set<std::string> packed;
   for (const auto* tensor : files_.tensors()) {
     const auto it = layers.find(layer_of_part(tensor->name));
     const bool of_layer = it != layers.end() && tensor->name != it->first + "bias";
-    if (!of_layer) {
+    if (of_layer && packed.contains(it->first)) continue;
+    const bool first = of_layer && tensor == it->second.parts[0];
+    const auto parts = first ? described_parts(it->second) : quant::StoredParts{};
+    if (!first || !checkpoint_->packed(parts)) {
       tensors_.push_back(tensor);
       continue;
     }
     const auto& layer = it->second;
-    const auto parts = described_parts(layer);
-    if (!checkpoint_->packed(parts)) {
-      tensors_.push_back(tensor);
-      continue;
-    }
-    if (tensor != layer.parts[0]) continue;
+    packed.insert(layer.path);
     const auto name = layer.path + "weight";
     try {
       const auto [out, in] = checkpoint_->shape(parts);

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <budwood/peft/fold.h>
 #include <budwood/peft/merge/merge_target.h>
 #include <budwood/peft/models/packed_base.h>
 #include <budwood/peft/tensor_file.h>
@@ -37,11 +38,6 @@ enum class Packing {
   moved,    ///< the old ones, with other zero points or scales
   kept,     ///< the old ones, in our own layout
 };
-
-at::Tensor wide(const FloatArray& array) {
-  return at::from_blob(const_cast<float*>(array.values.data()), array.shape, at::kFloat)
-      .to(at::kDouble);
-}
 
 /// A packed matrix that is changed and packed again.
 class Repacked {
@@ -191,12 +187,8 @@ const PackedBase& packed_base(const MergePlan& plan) {
 }
 
 // Whether an output's changes are constant in groups, as QA-LoRA's are, or scales, as PEQA's.
-bool is_grouped(const MergeOutput& output) {
-  if (output.rescaled) return output.whole == nullptr && output.rows.empty();
-  return output.whole == nullptr && output.rows.empty() && !output.edits.empty() &&
-         std::ranges::all_of(output.edits, [&](const Edit& edit) {
-           return edit.term(output.spec.shape).group > 0;
-         });
+bool moves_exactly(const MergeOutput& output) {
+  return output.whole == nullptr && output.rows.empty() && (output.rescaled || output.grouped);
 }
 
 class RequantisedTarget final : public MergeTarget {
@@ -240,7 +232,7 @@ class RequantisedTarget final : public MergeTarget {
     const auto& layer = base_.layer(*output.source);
     const bool affine = base_.method() != "bitsandbytes";
     const bool foreign = affine && base_.method() != "budwood";
-    const bool grouped = affine && is_grouped(output);
+    const bool grouped = affine && moves_exactly(output);
     if (foreign && output.changed() && !grouped)
       throw Error("merge_files",
                   fmt::format("{} is of {}, whose codes need calibration data to be made: merge "
@@ -283,8 +275,7 @@ class RequantisedTarget final : public MergeTarget {
   // Of rounded codes integers; fractions where they are moved, and as they are under other scales.
   static io::Dtype zeros_dtype(const MergeOutput& output, io::Dtype own, bool grouped) {
     if (!grouped) return io::Dtype::u8;
-    const bool as_they_are =
-        output.rescaled && !output.edits[0].term(output.spec.shape).zeros.defined();
+    const bool as_they_are = output.rescaled && !output.new_zeros;
     return as_they_are ? own : io::Dtype::f32;
   }
 

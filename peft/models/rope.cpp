@@ -91,4 +91,39 @@ RotaryTable::Angles RotaryTable::at(const at::Tensor& positions) const {
   return {angles.cos() * attention_factor_, angles.sin() * attention_factor_};
 }
 
+// The share of the plain frequency, (context / wavelength - low) / (high - low), is linear in the
+// frequency: a line through the blended dimensions gives the limits, up to a common factor, which
+// is chosen so that low is 1.
+std::optional<RopeConfig> llama3_of(const RopeConfig& rope, int64_t head_dim) {
+  const auto& divisors = rope.frequency_divisors;
+  if (rope.type != "default" || static_cast<int64_t>(divisors.size()) != head_dim / 2) return {};
+  const double factor = *std::ranges::max_element(divisors);
+  if (!(factor > 1)) return {};
+  double n = 0, sum_x = 0, sum_y = 0, sum_xx = 0, sum_xy = 0;
+  for (size_t i = 0; i < divisors.size(); ++i) {
+    if (divisors[i] <= 1 || divisors[i] >= factor) continue;
+    const double exponent = 2.0 * static_cast<double>(i) / static_cast<double>(head_dim);
+    const double x = std::pow(rope.theta, -exponent) / (2 * std::numbers::pi);
+    const double y = (1 / double{divisors[i]} - 1 / factor) / (1 - 1 / factor);
+    n += 1, sum_x += x, sum_y += y, sum_xx += x * x, sum_xy += x * y;
+  }
+  if (n < 2) return {};
+  const double slope = (n * sum_xy - sum_x * sum_y) / (n * sum_xx - sum_x * sum_x);
+  const double start = (sum_y - slope * sum_x) / n;
+  if (!(slope > 0 && start < 0)) return {};
+  RopeConfig found;
+  found.type = "llama3";
+  found.theta = rope.theta;
+  found.factor = factor;
+  found.original_max_position = std::llround(-slope / start);
+  const auto context = static_cast<double>(found.original_max_position);
+  const auto rounded = [](double value) { return std::round(value * 1e3) / 1e3; };
+  found.low_freq_factor = rounded(-start * context / slope);
+  found.high_freq_factor = rounded(found.low_freq_factor + context / slope);
+  const auto wanted = RotaryTable(rope, head_dim).inverse_frequencies();
+  const auto made = RotaryTable(found, head_dim).inverse_frequencies();
+  if (!((made - wanted).abs() <= 1e-5 * wanted).all().item<bool>()) return {};
+  return found;
+}
+
 }  // namespace budwood::models

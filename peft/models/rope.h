@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <budwood/peft/models/config.h>
+#include <optional>
 
 namespace budwood::models {
 
@@ -25,5 +26,9 @@ class RotaryTable {
   at::Tensor inverse_frequencies_;  // [head_dim / 2]
   double attention_factor_ = 1.0;
 };
+
+/// The same rotation as Llama 3's type, which Hugging Face knows, when divisors of frequencies are
+/// such a blend; nothing otherwise.
+std::optional<RopeConfig> llama3_of(const RopeConfig& rope, int64_t head_dim);
 
 }  // namespace budwood::models

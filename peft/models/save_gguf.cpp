@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
-#include <limits>
 
 namespace budwood::models {
 namespace {
@@ -24,8 +23,6 @@ using quant::kernels::ggml_type_traits;
 
 // Bytes of float32 that are converted and written at a time.
 constexpr int64_t kPanelBytes = 16 << 20;
-// Where rope_freqs.weight has no transformers name.
-constexpr const char* kRopeDivisors = "rope_freqs.weight";
 
 [[noreturn]] void refuse(const std::string& fact) {
   throw Error("save_gguf", fact);
@@ -60,7 +57,7 @@ class Saver {
     for (auto& [name, tensor] : stored_tensors(model, "save_gguf")) add(name, std::move(tensor));
     if (!described_.rope_divisors.empty())
       add_vector(kRopeDivisors, at::tensor(described_.rope_divisors, at::kFloat));
-    std::ranges::stable_sort(outputs_, {}, [](const Output& o) { return place(o.spec.name); });
+    std::ranges::stable_sort(outputs_, {}, [](const Output& o) { return gguf_place(o.spec.name); });
   }
 
   SaveGgufReport save() {
@@ -81,14 +78,6 @@ class Saver {
   GgmlType choose_embedding_type() const {
     if (!options_.embedding_type.empty()) return type_of(options_.embedding_type, "embedding_type");
     return type_ == GgmlType::q4_0 || type_ == GgmlType::q4_1 ? GgmlType::q8_0 : type_;
-  }
-
-  // The token table, the layers by number, the rest.
-  static int64_t place(const std::string& name) {
-    if (name.starts_with("token_embd")) return -2;
-    if (name == kRopeDivisors) return -1;
-    if (name.starts_with("blk.")) return std::stoll(name.substr(4));
-    return std::numeric_limits<int64_t>::max();
   }
 
   void add_vector(const std::string& name, const at::Tensor& values) {

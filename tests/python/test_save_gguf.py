@@ -405,3 +405,33 @@ def test_a_failed_save_keeps_the_file_that_was_there(wide, tmp_path):
         _C.save_gguf(model, str(path), type="f16")
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.gguf"]
+
+
+@pytest.mark.parametrize(("factor", "original", "low", "high"), [(32, 8192, 1, 4), (8, 4096, 2, 6)])
+def test_the_blend_of_llama_3_comes_back_from_its_divisors(factor, original, low, high, tmp_path):
+    config = tiny_configs()["llama"]
+    config.head_dim = 64
+    config.max_position_embeddings = 16 * original
+    config.rope_parameters = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor}
+    config.rope_parameters |= {"original_max_position_embeddings": original}
+    config.rope_parameters |= {"low_freq_factor": low, "high_freq_factor": high}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    _C.save_gguf(_C.load_model(str(tmp_path / "model")), str(tmp_path / "x.gguf"), type="f32")
+    _C.save_model(_C.load_model(str(tmp_path / "x.gguf")), str(tmp_path / "back"))
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    found = back.config.rope_parameters
+    assert found["rope_type"] == "llama3"
+    # Only the limits original / low and original / high matter.
+    assert found["factor"] == factor
+    for limit, wanted in (("low_freq_factor", low), ("high_freq_factor", high)):
+        ratio = found["original_max_position_embeddings"] / found[limit]
+        assert ratio == pytest.approx(original / wanted, rel=1e-3)
+    ids = torch.randint(0, config.vocab_size, (1, 40))
+    positions = torch.arange(0, 40 * 300, 300)[None]
+    with torch.no_grad():
+        ours = back(ids, position_ids=positions).logits
+        torch.testing.assert_close(
+            ours, model(ids, position_ids=positions).logits, atol=1e-4, rtol=0
+        )

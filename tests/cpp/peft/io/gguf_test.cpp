@@ -160,6 +160,44 @@ TEST_CASE("every kind of value comes back as it was written") {
   CHECK(std::filesystem::file_size(folder / "x") % 64 == 0);
 }
 
+TEST_CASE("a file that is read piece by piece says what a mapped one says") {
+  TemporaryFolder folder;
+  // Longer than what is fetched at once, so that fields and texts lie across the seams.
+  std::vector<std::string> words;
+  for (int i = 0; i < 200000; ++i) words.push_back("word " + std::to_string(i));
+  GgufWriter writer(folder / "x",
+                    {{"words", GgufArray(words)},
+                     {"numbers", GgufArray(std::vector<float>(400000, 1.5f))},
+                     {"last", std::string("key")}},
+                    {{"a", GgmlType::f32, {3}}, {"b", GgmlType::q8_0, {2, 32}}});
+  writer.write("a", "0123456789ab", 12);
+  writer.write("b", std::string(68, 'b').data(), 68);
+  writer.commit();
+  const auto mapped = GgufFile::open(folder / "x");
+  const auto pieces = GgufFile::open(folder / "x", Access::headers);
+  CHECK(pieces.metadata() == mapped.metadata());
+  CHECK(pieces.path() == mapped.path());
+  REQUIRE(pieces.tensors().size() == 2);
+  CHECK(pieces.at("b").data == nullptr);
+  std::string bytes(5, ' ');
+  for (const auto* file : {&mapped, &pieces}) {
+    file->at("a").read(7, bytes.data(), 5);
+    CHECK(bytes == "789ab");
+    file->at("b").read(63, bytes.data(), 5);
+    CHECK(bytes == "bbbbb");
+    CHECK(contains(message_of<Error>([&] { file->at("a").read(8, bytes.data(), 5); }),
+                   "'a' has 12 bytes, 5 at 8"));
+  }
+  for (const int64_t size : {5'000'000, 1 << 20, 20, 3}) {
+    std::filesystem::resize_file(folder / "x", static_cast<uintmax_t>(size));
+    const auto refused = [&](Access access) {
+      return message_of<Error>([&] { GgufFile::open(folder / "x", access); });
+    };
+    CHECK(refused(Access::headers) == refused(Access::mapped));
+    CHECK(!refused(Access::headers).empty());
+  }
+}
+
 TEST_CASE("getters convert integers that fit and name the key otherwise") {
   TemporaryFolder folder;
   GgufWriter writer(folder / "x",
