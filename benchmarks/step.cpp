@@ -8,7 +8,7 @@
 #include <budwood/peft/config.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/models/registry.h>
-#include <budwood/peft/train/optimizer.h>
+#include <budwood/peft/optim/optimizer.h>
 #include <budwood/quant/memory_pool.h>
 #include <chrono>
 #include <fstream>
@@ -55,7 +55,9 @@ int main(int argc, char** argv) try {
   labels.slice(1, 0, length - 1).copy_(ids.slice(1, 1, length));
   const auto batch = budwood::models::TokenBatch::from_rows(ids);
   labels = labels.flatten();
-  budwood::train::AdamW optimizer(budwood::trainable_parameters(*model), {.weight_decay = 0.01});
+  budwood::optim::Optimizer optimizer(
+      budwood::trainable_parameters(*model),
+      budwood::optim::make_rule("adamw", {.weight_decay = 0.01}));
 
   const budwood::quant::MemoryPool pool;
   nlohmann::json result = {{"seconds", nlohmann::json::array()}};

@@ -40,6 +40,8 @@ at::Tensor EmbeddingSlotImpl::forward(const at::Tensor& ids, at::ScalarType dtyp
       throw Error("embedding", fmt::format("token id {} is outside the vocabulary of {} tokens",
                                            smallest < 0 ? smallest : largest, weight_.out));
   }
+  if (weight_.parts[0].requires_grad())
+    return adapt(ids, at::embedding(weight_.parts[0], ids).to(dtype));
   return adapt(ids, weight_.gather(ids, dtype));
 }
 

@@ -1,9 +1,11 @@
 #include <budwood/peft/io/text.h>
 #include <budwood/peft/json.h>
+#include <budwood/peft/optim/block_schedule.h>
 #include <budwood/peft/train/options.h>
 #include <budwood/peft/train/sampler.h>
 #include <budwood/quant/error.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -39,7 +41,17 @@ std::vector<ConfigField> TrainOptions::fields() {
           bind_field("long_rows", long_rows),
           bind_field("shuffle", shuffle),
           bind_field("gradient_checkpointing", gradient_checkpointing),
+          bind_field("tune", tune),
           bind_field("optimizer", optimizer),
+          bind_field("fused_backward", fused_backward),
+          bind_field("blocks", blocks),
+          bind_field("active_blocks", active_blocks),
+          bind_field("block_steps", block_steps),
+          bind_field("block_order", block_order),
+          bind_field("galore_rank", galore_rank),
+          bind_field("galore_refresh", galore_refresh),
+          bind_field("galore_scale", galore_scale),
+          bind_field("mezo_eps", mezo_eps),
           bind_field("learning_rate", learning_rate),
           bind_field("lora_plus_ratio", lora_plus_ratio),
           bind_field("lora_plus_embedding_rate", lora_plus_embedding_rate),
@@ -52,6 +64,7 @@ std::vector<ConfigField> TrainOptions::fields() {
           bind_field("warmup_ratio", warmup_ratio),
           bind_field("min_learning_rate_ratio", min_learning_rate_ratio),
           bind_field("max_grad_norm", max_grad_norm),
+          bind_field("clip_value", clip_value),
           bind_field("seed", seed),
           bind_field("eval_every", eval_every),
           bind_field("eval_batches", eval_batches),
@@ -61,7 +74,8 @@ std::vector<ConfigField> TrainOptions::fields() {
           bind_field("output", output),
           bind_field("resume", resume),
           bind_field("overwrite", overwrite),
-          bind_field("adapter", adapter)};
+          bind_field("adapter", adapter),
+          bind_field("tokenizer_from", tokenizer_from)};
 }
 
 void TrainOptions::validate() const {
@@ -70,8 +84,7 @@ void TrainOptions::validate() const {
   at_least("grad_accumulation", grad_accumulation, 1);
   at_least("gradient_checkpointing", gradient_checkpointing, 0);
   SampleOptions{sequence_length, batch_size, packing, long_rows}.validate();
-  if (optimizer != "adamw" && optimizer != "lora_fa")
-    fail("optimizer", io::in_quotes(optimizer), "'adamw' or 'lora_fa'");
+  check_optimizer();
   in_range("learning_rate", learning_rate, learning_rate > 0, "more than 0");
   in_range("lora_plus_ratio", lora_plus_ratio, lora_plus_ratio > 0, "more than 0");
   in_range("lora_plus_embedding_rate", lora_plus_embedding_rate, lora_plus_embedding_rate > 0,
@@ -86,6 +99,7 @@ void TrainOptions::validate() const {
   in_range("warmup_ratio", warmup_ratio, warmup_ratio >= 0 && warmup_ratio <= 1, "0 to 1");
   in_range("min_learning_rate_ratio", min_learning_rate_ratio,
            min_learning_rate_ratio >= 0 && min_learning_rate_ratio <= 1, "0 to 1");
+  in_range("clip_value", clip_value, clip_value >= 0, "at least 0 (0 = no clipping)");
   in_range("max_grad_norm", max_grad_norm, max_grad_norm >= 0, "at least 0 (0 = no clipping)");
   at_least("seed", seed, 0);
   at_least("eval_every", eval_every, 0);
@@ -100,6 +114,37 @@ void TrainOptions::validate() const {
     fail("output", "empty", "the folder whose newest checkpoint is to be resumed");
   if (overwrite && !resume.empty())
     fail("overwrite", "true", "false, because resume asks to go on with what is there");
+}
+
+void TrainOptions::check_optimizer() const {
+  const auto names = optim::rule_names();
+  const bool rule = std::find(names.begin(), names.end(), optimizer) != names.end();
+  if (!rule && optimizer != "lora_fa" && optimizer != "mezo")
+    throw Error(kWhere, fmt::format("optimizer is {}, wanted lora_fa, mezo, {}",
+                                    io::in_quotes(optimizer), fmt::join(names, ", ")));
+  if (tune != "adapter" && tune != "full") fail("tune", io::in_quotes(tune), "'adapter' or 'full'");
+  if (tune == "full" && (optimizer == "lora_fa" || lora_plus_ratio != 1.0))
+    fail("tune", "'full'",
+         "'adapter', because lora_fa and lora_plus_ratio are about LoRA's factors");
+  if (updates_during_backward() && grad_accumulation > 1)
+    fail(
+        "grad_accumulation", fmt::format("{}", grad_accumulation),
+        "1, because parameters are updated during the backward of a batch; a larger batch_size has "
+        "the same effect");
+  if (fused_backward && (optimizer == "lora_fa" || optimizer == "mezo"))
+    fail("fused_backward", "true",
+         "false: lora_fa corrects gradients after the backward, and mezo has none");
+  if (blocks != "all") {
+    if (optimizer == "mezo" || optimizer == "lora_fa")
+      fail("blocks", io::in_quotes(blocks), "'all' with lora_fa and mezo");
+    optim::BlockOptions{blocks, active_blocks, block_steps, block_order}.validate();
+  }
+  at_least("galore_rank", galore_rank, 1);
+  at_least("galore_refresh", galore_refresh, 1);
+  in_range("galore_scale", galore_scale, galore_scale > 0, "more than 0");
+  in_range("mezo_eps", mezo_eps, mezo_eps > 0, "more than 0");
+  if (optimizer == "mezo" && (max_grad_norm != 1.0 && max_grad_norm != 0.0))
+    fail("max_grad_norm", fmt::format("{}", max_grad_norm), "0 with mezo, which has no gradient");
 }
 
 TrainOptions TrainOptions::from_json(std::string_view text, const std::string& source) {
@@ -136,7 +181,8 @@ std::vector<std::string> TrainOptions::differences(const TrainOptions& other) co
                                              "save_every",
                                              "keep_last",
                                              "log_every",
-                                             "gradient_checkpointing"};
+                                             "gradient_checkpointing",
+                                             "tokenizer_from"};
   const bool open_end = schedule == "constant" && other.schedule == "constant" &&
                         warmup_ratio == 0 && other.warmup_ratio == 0;
   auto a = *this, b = other;

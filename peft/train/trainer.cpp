@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <budwood/peft/adapter.h>
 #include <budwood/peft/inject.h>
+#include <budwood/peft/models/train_all.h>
 #include <budwood/peft/train/run_folder.h>
 #include <budwood/peft/train/signals.h>
 #include <budwood/quant/error.h>
@@ -12,7 +13,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <unordered_set>
 
 namespace budwood::train {
 namespace {
@@ -23,16 +23,8 @@ double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-// A tensor that two modules share is trained once.
-NamedTensors unique_parameters(torch::nn::Module& model) {
-  NamedTensors unique;
-  std::unordered_set<const void*> seen;
-  for (auto& [path, p] : trainable_parameters(model))
-    if (seen.insert(p.unsafeGetTensorImpl()).second) unique.emplace_back(path, p);
-  if (unique.empty())
-    throw Error("Trainer", "no parameter of the model requires grad: inject an adapter first");
-  return unique;
-}
+/// Ends a step that is not to be made any more.
+struct Stopped {};
 
 template <class T>
 const T& required(const std::shared_ptr<T>& pointer, const char* what) {
@@ -74,12 +66,9 @@ Trainer::Trainer(std::shared_ptr<models::CausalLM> model, std::shared_ptr<const 
                  std::shared_ptr<const Dataset> eval, TrainOptions options)
     : model_((required(model, "model"), std::move(model))),
       options_(std::move(options)),
-      sampler_(train, sample_options(options_, true)),
-      lora_fa_(options_.optimizer == "lora_fa" ? std::optional<LoraFa>(*model_) : std::nullopt),
-      optimizer_(
-          unique_parameters(*model_),
-          {options_.beta1, options_.beta2, options_.eps, options_.weight_decay,
-           options_.lora_plus_ratio, options_.lora_plus_embedding_rate / options_.learning_rate}) {
+      sampler_(train, sample_options(options_, true)) {
+  if (options_.tune == "full") models::train_all(*model_);
+  updater_ = make_updater(*model_, options_);
   check(*train, sampler_);
   if (eval) {
     eval_.emplace(eval, sample_options(options_, false));
@@ -88,7 +77,7 @@ Trainer::Trainer(std::shared_ptr<models::CausalLM> model, std::shared_ptr<const 
     throw Error("Trainer", fmt::format("eval_every is {}, but there is no evaluation data",
                                        options_.eval_every));
   }
-  if (!options_.output.empty()) {
+  if (!options_.output.empty() && options_.tune == "adapter") {
     const auto modules = model_->named_modules("", /*include_self=*/false);
     if (std::none_of(modules.begin(), modules.end(), [&](const auto& item) {
           return item.key().ends_with(options_.adapter) &&
@@ -172,6 +161,42 @@ TrainResult Trainer::run() {
   return result;
 }
 
+/// The loss of the batches of one step.
+class Trainer::Parts final : public StepLoss {
+ public:
+  Parts(Trainer& trainer, const std::vector<Batch>& batches, int64_t counted)
+      : trainer_(trainer), batches_(batches), counted_(counted), sums_(batches.size()) {}
+
+  int64_t parts() const override { return static_cast<int64_t>(batches_.size()); }
+  at::Tensor part(int64_t index) override {
+    // A step without gradients is quick, and has changed the parameters meanwhile.
+    if (at::GradMode::is_enabled() && trainer_.stop_requested()) throw Stopped();
+    auto& model = *trainer_.model_;
+    const auto& batch = batches_[static_cast<size_t>(index)];
+    const auto loss = model.loss(batch.tokens, batch.labels);
+    const auto value = loss.sum.item<double>();
+    sums_[static_cast<size_t>(index)] = value;
+    if (!std::isfinite(value)) trainer_.not_finite("loss", sum() / static_cast<double>(counted_));
+    auto mean = loss.sum / static_cast<double>(counted_);
+    // Once for each step, whatever it is made of.
+    if (index + 1 == parts())
+      if (const auto term = penalty(model); term.defined()) mean = mean + term;
+    return mean;
+  }
+  /// Of the last evaluation of each part, without the penalty.
+  double sum() const {
+    double all = 0;
+    for (const double one : sums_) all += one;
+    return all;
+  }
+
+ private:
+  Trainer& trainer_;
+  const std::vector<Batch>& batches_;
+  int64_t counted_;
+  std::vector<double> sums_;
+};
+
 std::optional<Trainer::StepOutcome> Trainer::train_step() {
   const auto begin = Clock::now();
   const auto position = sampler_.state();
@@ -180,7 +205,7 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
   // The step must not have happened when it does not come to its end.
   bool done = false;
   const AtExit roll_back([&] {
-    optimizer_.zero_grad();
+    updater_->end();
     if (done) return;
     sampler_.restore(position);
     set_random_state(random);
@@ -194,27 +219,19 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
     tokens += batches.back().tokens.tokens();
   } while (static_cast<int64_t>(batches.size()) < options_.grad_accumulation &&
            sampler_.state().epoch == position.epoch);
+  for (auto& batch : batches) batch = to_device(std::move(batch), device);
 
   before_step(*model_, state_.step);
-  double sum = 0.0;
-  for (auto& batch : batches) {
-    if (stop_requested()) return {};
-    const auto on_device = to_device(std::move(batch), device);
-    const auto loss = model_->loss(on_device.tokens, on_device.labels);
-    sum += loss.sum.item<double>();
-    if (!std::isfinite(sum)) not_finite("loss", sum / static_cast<double>(counted));
-    auto mean = loss.sum / static_cast<double>(counted);
-    // Once for each step, whatever it is made of.
-    if (&batch == &batches.back())
-      if (const auto term = penalty(*model_); term.defined()) mean = mean + term;
-    mean.backward();
-  }
-  if (run_steps_ == 0) require_gradients();
-  if (lora_fa_) lora_fa_->correct_gradients();
-  const double norm = clip_gradients(optimizer_.parameters(), options_.max_grad_norm);
-  if (!std::isfinite(norm)) not_finite("norm of the gradient", norm);
+  updater_->begin(state_.step);
+  Parts parts(*this, batches, counted);
   const double rate = options_.learning_rate * schedule_.multiplier(state_.step);
-  optimizer_.step(rate);
+  double norm = 0.0;
+  try {
+    norm = updater_->step(parts, rate);
+  } catch (const Stopped&) {
+    return {};
+  }
+  if (!std::isfinite(norm)) not_finite("norm of the gradient", norm);
   after_step(*model_, state_.step);
   done = true;
 
@@ -222,7 +239,7 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
   ++state_.step;
   state_.position = sampler_.state();
   state_.tokens += tokens;
-  state_.loss_sum += sum;
+  state_.loss_sum += parts.sum();
   state_.loss_tokens += counted;
   ++run_steps_;
   run_tokens_ += tokens;
@@ -235,23 +252,12 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
 void Trainer::not_finite(const std::string& what, double value) const {
   const auto saved = options_.output.empty() ? decltype(list_checkpoints(""))()
                                              : list_checkpoints(options_.output);
-  throw Error("Trainer",
-              fmt::format("step {}: the {} is {}. The adapter is as it was after step {}; newest "
-                          "checkpoint: {}. A smaller learning_rate or a longer warmup may help",
-                          state_.step + 1, what, value, state_.step,
-                          saved.empty() ? "none" : saved.back().second.string()));
-}
-
-// A parameter that the forward does not use would stay as it is, silently.
-void Trainer::require_gradients() const {
-  std::vector<std::string> without;
-  for (const auto& [path, p] : optimizer_.parameters())
-    if (!p.grad().defined()) without.push_back(path);
-  if (!without.empty())
-    throw Error("Trainer",
-                fmt::format("{} of {} trainable tensors got no gradient, the first is {}: "
-                            "the model's forward does not use it",
-                            without.size(), optimizer_.parameters().size(), without[0]));
+  throw Error(
+      "Trainer",
+      fmt::format("step {}: the {} is {}. The {} is as it was after step {}; newest "
+                  "checkpoint: {}. A smaller learning_rate or a longer warmup may help",
+                  state_.step + 1, what, value, options_.tune == "full" ? "model" : "adapter",
+                  state_.step, saved.empty() ? "none" : saved.back().second.string()));
 }
 
 void Trainer::log(const StepOutcome& outcome, TrainResult& result) {
@@ -280,7 +286,11 @@ void Trainer::log(const StepOutcome& outcome, TrainResult& result) {
 }
 
 MemoryPlan Trainer::memory_plan() const {
-  return plan_memory(*model_, options_.batch_size * sampler_.report().longest);
+  auto plan = plan_memory(*model_, options_.batch_size * sampler_.report().longest);
+  plan.gradients = updater_->gradient_bytes();
+  plan.optimizer = updater_->state_bytes();
+  if (options_.optimizer == "mezo") plan.activations = 0;
+  return plan;
 }
 
 Evaluation Trainer::evaluate() {

@@ -3,12 +3,11 @@
 #include <budwood/peft/models/model.h>
 #include <budwood/peft/train/checkpoint.h>
 #include <budwood/peft/train/evaluation.h>
-#include <budwood/peft/train/lora_fa.h>
 #include <budwood/peft/train/memory_plan.h>
-#include <budwood/peft/train/optimizer.h>
 #include <budwood/peft/train/options.h>
 #include <budwood/peft/train/sampler.h>
 #include <budwood/peft/train/schedule.h>
+#include <budwood/peft/train/updater.h>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -25,7 +24,7 @@ struct StepMetrics {
   double epoch = 0.0;              ///< passes over the data so far
   double loss = 0.0;               ///< mean over the counted tokens since the last logged step
   double learning_rate = 0.0;      ///< of this step
-  double grad_norm = 0.0;          ///< of this step, before clipping
+  double grad_norm = 0.0;          ///< of this step, before clipping; 0 where nobody needs it
   int64_t tokens = 0;              ///< trained on so far
   double tokens_per_second = 0.0;  ///< since the last logged step
   double seconds = 0.0;            ///< since the start of the run
@@ -46,9 +45,10 @@ struct TrainResult {
   std::vector<std::string> warnings;
 };
 
-/// Trains what requires grad in a model. The loss of a step is the sum over the tokens of all its
-/// batches, divided by the number of counted ones. A run that was stopped, killed or interrupted
-/// and is resumed gives the same bytes as one that was not.
+/// Trains what requires grad in a model, or, with TrainOptions::tune "full", all of it. The loss of
+/// a step is the sum over the tokens of all its batches, divided by the number of counted ones. A
+/// run that was stopped, killed or interrupted and is resumed gives the same bytes as one that was
+/// not.
 class Trainer {
  public:
   /// Checks everything that can be checked before the first step, and loads the checkpoint when
@@ -82,16 +82,17 @@ class Trainer {
   struct StepOutcome {
     double learning_rate, grad_norm;
   };
+  class Parts;
   void check(const Dataset& data, const Sampler& sampler) const;
   void resume();
   void restore(const Checkpoint& checkpoint);
   void open_output();
   std::optional<StepOutcome> train_step();
   [[noreturn]] void not_finite(const std::string& what, double value) const;
-  void require_gradients() const;
   void log(const StepOutcome& outcome, TrainResult& result);
   void evaluate_and_keep_best(TrainResult& result);
   void save();
+  void save_result(const std::filesystem::path& folder);
   void finish(TrainResult& result);
   NamedTensors random_state() const;
   void set_random_state(const NamedTensors& tensors) const;
@@ -101,8 +102,7 @@ class Trainer {
   TrainOptions options_;
   Sampler sampler_;
   std::optional<Sampler> eval_;
-  std::optional<LoraFa> lora_fa_;
-  AdamW optimizer_;
+  std::unique_ptr<Updater> updater_;
   Schedule schedule_;
   RunState state_;
   NamedTensors random_;  // generators between calls of run(); empty before the first

@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/json.h>
+#include <budwood/peft/models/registry.h>
 #include <budwood/peft/train/run_folder.h>
 #include <budwood/peft/train/trainer.h>
 #include <budwood/quant/error.h>
@@ -114,10 +115,10 @@ void Trainer::restore(const Checkpoint& checkpoint) {
                                                       checkpoint.tensors.end());
   size_t stored = 0;
   for (const auto& [name, t] : checkpoint.tensors) stored += name.starts_with("parameter.");
-  if (stored != optimizer_.parameters().size())
+  if (stored != updater_->parameters().size())
     fail(fmt::format("it trained {} tensors, this model trains {}", stored,
-                     optimizer_.parameters().size()));
-  for (const auto& [path, p] : optimizer_.parameters()) {
+                     updater_->parameters().size()));
+  for (const auto& [path, p] : updater_->parameters()) {
     const auto it = tensors.find("parameter." + path);
     if (it == tensors.end()) fail(fmt::format("it did not train {}", path));
     if (it->second.sizes() != p.sizes() || it->second.scalar_type() != p.scalar_type())
@@ -139,9 +140,9 @@ void Trainer::restore(const Checkpoint& checkpoint) {
       fail(fmt::format("it has no fitting {}", name));
   }
   sampler_.restore(saved.position);
-  optimizer_.restore(checkpoint.tensors);
+  updater_->restore(checkpoint.tensors);
   at::NoGradGuard no_grad;
-  for (const auto& [path, p] : optimizer_.parameters()) p.copy_(tensors.at("parameter." + path));
+  for (const auto& [path, p] : updater_->parameters()) p.copy_(tensors.at("parameter." + path));
   for (auto& [name, own] : adapter_state(*model_)) own.copy_(tensors.at(name));
   random_ = std::move(random);
 
@@ -156,15 +157,24 @@ void Trainer::restore(const Checkpoint& checkpoint) {
 void Trainer::save() {
   if (options_.output.empty()) return;
   Checkpoint checkpoint{state_, {}};
-  for (const auto& [path, p] : optimizer_.parameters())
+  for (const auto& [path, p] : updater_->parameters())
     checkpoint.tensors.emplace_back("parameter." + path, p);
-  for (const auto& part : {optimizer_.state(), random_state(), adapter_state(*model_)})
+  for (const auto& part : {updater_->state(), random_state(), adapter_state(*model_)})
     checkpoint.tensors.insert(checkpoint.tensors.end(), part.begin(), part.end());
-  save_checkpoint(
-      checkpoint_path(options_.output, state_.step), checkpoint,
-      [&](const fs::path& folder) { save_adapter(*model_, folder.string(), options_.adapter); });
+  save_checkpoint(checkpoint_path(options_.output, state_.step), checkpoint,
+                  [&](const fs::path& folder) {
+                    if (options_.tune == "adapter")
+                      save_adapter(*model_, folder.string(), options_.adapter);
+                  });
   prune_checkpoints(options_.output, options_.keep_last);
   saved_step_ = state_.step;
+}
+
+// The adapter, or the model as a folder that Hugging Face opens.
+void Trainer::save_result(const fs::path& folder) {
+  if (options_.tune == "adapter") return save_adapter(*model_, folder.string(), options_.adapter);
+  models::save(*model_, folder.string(),
+               {.overwrite = true, .tokenizer_from = options_.tokenizer_from});
 }
 
 void Trainer::evaluate_and_keep_best(TrainResult& result) {
@@ -179,11 +189,11 @@ void Trainer::evaluate_and_keep_best(TrainResult& result) {
   state_.best = {state_.step, evaluation.loss};
   if (options_.output.empty()) return;
   io::AtomicFolder best(fs::path(options_.output) / "best", io::Existing::replace);
-  const auto adapter = best.path() / "adapter";
-  save_adapter(*model_, adapter.string(), options_.adapter);
-  for (const auto& entry : fs::directory_iterator(adapter))
+  const auto result_folder = best.path() / "result";
+  save_result(result_folder);
+  for (const auto& entry : fs::directory_iterator(result_folder))
     fs::rename(entry.path(), best.path() / entry.path().filename());
-  fs::remove(adapter);
+  fs::remove(result_folder);
   io::write_file(best.path() / "evaluation.json", evaluation_json(state_.step, evaluation));
   best.commit();
 }
@@ -192,7 +202,11 @@ void Trainer::finish(TrainResult& result) {
   if (eval_ && evaluated_step_ != state_.step) evaluate_and_keep_best(result);
   if (options_.output.empty()) return;
   if (options_.save_every > 0 && saved_step_ != state_.step) save();
-  save_adapter(*model_, options_.output, options_.adapter);
+  if (options_.tune == "full")
+    save_result(fs::path(options_.output) / "model");
+  else
+    save_result(options_.output);
+  updater_->save_extras(options_.output);
   auto resolved = options_;
   resolved.steps = state_.total_steps;
   resolved.warmup_steps = schedule_.warmup_steps;

@@ -225,7 +225,7 @@ def test_codes_are_made_anew_and_transformers_opens_them(format, options, tmp_pa
             assert (found - wanted).norm() < 2e-3 * wanted.norm()
         else:
             assert torch.equal(found, wanted), name
-    # With gradients: without them, bitsandbytes takes a path on AVX-512 that knows wide models only.
+    # With gradients: without them, bitsandbytes has a path on AVX-512 that takes wide models only.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     theirs.enable_input_require_grads()
     assert theirs(torch.arange(12).reshape(1, 12)).logits.isfinite().all()

@@ -104,13 +104,13 @@ TEST_CASE("a step equals torch's AdamW on the mean loss over counted tokens, cli
   model->train();
   NamedTensors named;
   for (auto& item : trainable_parameters(*model)) named.push_back(item);
-  AdamW optimizer(named, {});
+  optim::Optimizer optimizer(named, optim::make_rule("adamw", {}));
   Sampler sampler(data, {12, 100, "none", "truncate", false});
   for (int step = 0; step < 3; ++step) {
     const auto batch = sampler.next();
     const auto logits = model->logits(model->hidden(batch.tokens, nullptr));
     at::cross_entropy_loss(logits, batch.labels, {}, at::Reduction::Mean, -100).backward();
-    clip_gradients(named, 0.1);
+    optim::clip_gradients(named, 0.1);
     optimizer.step(1e-2 * (3 - step) / 3);
     optimizer.zero_grad();
   }

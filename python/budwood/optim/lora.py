@@ -1,4 +1,4 @@
-"""Optimisers and parameter groups for adapters."""
+"""LoRA+ and LoRA-FA."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import Error
-from .switches import linear_slots
+from ..errors import Error
+from ..switches import linear_slots
 
 
 def lora_plus_groups(

@@ -1,7 +1,7 @@
-#include "tiny.h"
+#include "../train/tiny.h"
 
 #include <ATen/ATen.h>
-#include <budwood/peft/train/optimizer.h>
+#include <budwood/peft/optim/optimizer.h>
 #include <torch/nn/utils/clip_grad.h>
 #include <torch/optim/adamw.h>
 
@@ -9,7 +9,7 @@
 #include <limits>
 
 using namespace budwood;
-using namespace budwood::train;
+using namespace budwood::optim;
 using namespace budwood::train::testing;
 
 namespace {
@@ -29,11 +29,15 @@ void set_gradients(const NamedTensors& named, int step, double size = 1.0) {
     p.mutable_grad() = (at::randn(p.sizes(), generator) * size).to(p.scalar_type());
 }
 
+std::shared_ptr<const UpdateRule> adamw(const RuleOptions& options) {
+  return make_rule("adamw", options);
+}
+
 }  // namespace
 
 TEST_CASE("AdamW equals torch's, with decay on tensors of two or more dimensions only") {
   const auto ours = parameters(), theirs = parameters();
-  AdamW optimizer(ours, {0.9, 0.99, 1e-7, 0.1});
+  Optimizer optimizer(ours, adamw({.beta2 = 0.99, .eps = 1e-7, .weight_decay = 0.1}));
   const auto options = torch::optim::AdamWOptions(0).betas({0.9, 0.99}).eps(1e-7);
   auto decayed = std::make_unique<torch::optim::AdamWOptions>(options);
   decayed->weight_decay(0.1);
@@ -59,7 +63,7 @@ TEST_CASE("AdamW equals torch's, with decay on tensors of two or more dimensions
 
 TEST_CASE("a restored AdamW goes on to the bit, and its state is refused when it does not fit") {
   const auto one = parameters(), two = parameters();
-  AdamW first(one, {});
+  Optimizer first(one, adamw({}));
   for (int step = 0; step < 3; ++step) set_gradients(one, step), first.step(1e-2);
   NamedTensors state;
   for (const auto& [name, t] : first.state()) state.emplace_back(name, t.clone());
@@ -67,7 +71,7 @@ TEST_CASE("a restored AdamW goes on to the bit, and its state is refused when it
     at::NoGradGuard no_grad;
     two[i].second.copy_(one[i].second);
   }
-  AdamW second(two, {});
+  Optimizer second(two, adamw({}));
   second.restore(state);
   for (int step = 3; step < 6; ++step) {
     set_gradients(one, step), first.step(1e-2);
@@ -81,11 +85,14 @@ TEST_CASE("a restored AdamW goes on to the bit, and its state is refused when it
   auto wrong = state;
   wrong[0].second = wrong[0].second.t().contiguous();
   CHECK(contains(message_of([&] { second.restore(wrong); }), "'exp_avg.a' is float32 [3, 5]"));
+  // Of a parameter that was never updated nothing is there.
+  second.restore({});
+  CHECK(second.state().empty());
 }
 
 TEST_CASE("parameters without a gradient stay as they are") {
   const auto named = parameters();
-  AdamW optimizer(named, {0.9, 0.999, 1e-8, 0.5});
+  Optimizer optimizer(named, adamw({.weight_decay = 0.5}));
   set_gradients(named, 0);
   named[0].second.mutable_grad() = at::Tensor();
   const auto before = named[0].second.detach().clone();
@@ -118,7 +125,7 @@ TEST_CASE("clipping equals torch's and leaves small and non-finite gradients alo
 
 TEST_CASE("small updates of fp32 parameters are not lost") {
   NamedTensors one = {{"p", at::ones({1}).requires_grad_()}};
-  AdamW optimizer(one, {0.0, 0.0, 1e-12, 0.0});
+  Optimizer optimizer(one, adamw({.beta1 = 0.0, .beta2 = 0.0, .eps = 1e-12}));
   for (int i = 0; i < 1000; ++i) {
     one[0].second.mutable_grad() = at::ones({1});
     optimizer.step(1e-4);

@@ -1,0 +1,7 @@
+#include <budwood/peft/kernels/adam8bit_loops.h>
+
+namespace budwood::kernels {
+
+extern const Adam8bitPath kAdam8bitScalar = kAdam8bitPath;
+
+}  // namespace budwood::kernels
