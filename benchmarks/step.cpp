@@ -55,9 +55,8 @@ int main(int argc, char** argv) try {
   labels.slice(1, 0, length - 1).copy_(ids.slice(1, 1, length));
   const auto batch = budwood::models::TokenBatch::from_rows(ids);
   labels = labels.flatten();
-  budwood::optim::Optimizer optimizer(
-      budwood::trainable_parameters(*model),
-      budwood::optim::make_rule("adamw", {.weight_decay = 0.01}));
+  budwood::optim::Optimizer optimizer(budwood::trainable_parameters(*model),
+                                      budwood::optim::make_rule("adamw", {.weight_decay = 0.01}));
 
   const budwood::quant::MemoryPool pool;
   nlohmann::json result = {{"seconds", nlohmann::json::array()}};

@@ -7,6 +7,7 @@
 #include <budwood/peft/models/generate.h>
 #include <budwood/peft/models/quantize_files.h>
 #include <budwood/peft/models/registry.h>
+#include <budwood/peft/models/train_all.h>
 #include <budwood/peft/models/save_gguf.h>
 #include <budwood/peft/tensor_file.h>
 
@@ -256,6 +257,8 @@ void bind_models(py::module_& m) {
   m.def("read_config", [](const std::string& path) {
     return py::module_::import("json").attr("loads")(read_config(path).to_json("float32"));
   });
+  m.def("train_all", &budwood::models::train_all, py::arg("model"),
+        "Makes every parameter of a plain model trainable.");
   m.def(
       "save_model",
       [](CausalLM& model, const std::string& folder, const std::string& dtype,

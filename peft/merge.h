@@ -104,7 +104,8 @@ struct VerifyFilesReport {
 };
 
 /// Compares a merged model, the folder or the GGUF file `options.out`, plain or packed, made by
-/// whatever tool, with what the model and the adapters make. Reads all of it piece by piece and writes nothing.
+/// whatever tool, with what the model and the adapters make. Reads all of it piece by piece and
+/// writes nothing.
 VerifyFilesReport verify_files(const MergeFilesOptions& options);
 
 struct UnmergeFilesOptions {

@@ -9,8 +9,8 @@ namespace budwood {
 
 /// What numbers a packed matrix can hold: runs of `block` values along a row (0 = all of it), in
 /// which neighbouring levels are at most `share` of the run's largest magnitude apart, or of the
-/// range that it spans. Without a share, all numbers of a dtype. Where rows are no whole blocks, the
-/// largest of many rows stands for those of blocks, which do not end with rows.
+/// range that it spans. Without a share, all numbers of a dtype. Where rows are no whole blocks,
+/// the largest of many rows stands for those of blocks, which do not end with rows.
 struct PackedLevels {
   int64_t block = 0;
   double share = 0;

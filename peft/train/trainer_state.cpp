@@ -161,11 +161,12 @@ void Trainer::save() {
     checkpoint.tensors.emplace_back("parameter." + path, p);
   for (const auto& part : {updater_->state(), random_state(), adapter_state(*model_)})
     checkpoint.tensors.insert(checkpoint.tensors.end(), part.begin(), part.end());
-  save_checkpoint(checkpoint_path(options_.output, state_.step), checkpoint,
-                  [&](const fs::path& folder) {
-                    if (options_.tune == "adapter")
-                      save_adapter(*model_, folder.string(), options_.adapter);
-                  });
+  std::function<void(const fs::path&)> adapter;  // a model is its parameters
+  if (options_.tune == "adapter")
+    adapter = [&](const fs::path& folder) {
+      save_adapter(*model_, folder.string(), options_.adapter);
+    };
+  save_checkpoint(checkpoint_path(options_.output, state_.step), checkpoint, adapter);
   prune_checkpoints(options_.output, options_.keep_last);
   saved_step_ = state_.step;
 }
