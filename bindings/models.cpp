@@ -7,8 +7,9 @@
 #include <budwood/peft/models/generate.h>
 #include <budwood/peft/models/quantize_files.h>
 #include <budwood/peft/models/registry.h>
-#include <budwood/peft/models/train_all.h>
 #include <budwood/peft/models/save_gguf.h>
+#include <budwood/peft/models/selected.h>
+#include <budwood/peft/models/train_all.h>
 #include <budwood/peft/tensor_file.h>
 
 namespace py = pybind11;
@@ -257,6 +258,11 @@ void bind_models(py::module_& m) {
   m.def("read_config", [](const std::string& path) {
     return py::module_::import("json").attr("loads")(read_config(path).to_json("float32"));
   });
+  m.def("selected_loss", &budwood::models::selected_loss, py::arg("model"), py::arg("batch"),
+        py::arg("labels"), py::arg("rows"), py::call_guard<py::gil_scoped_release>(),
+        "The loss of some tokens, with gradients through them alone (TokenTune); see selected.h.");
+  m.def("select_tokens", &budwood::models::select_tokens, py::arg("batch"), py::arg("labels"),
+        py::arg("amount"), py::arg("seed") = 0, py::arg("step") = 0, py::arg("part") = 0);
   m.def("train_all", &budwood::models::train_all, py::arg("model"),
         "Makes every parameter of a plain model trainable.");
   m.def(

@@ -19,6 +19,7 @@ void bind_combine(py::module_& m);
 void bind_convert(py::module_& m);
 void bind_train(py::module_& m);
 void bind_optim(py::module_& m);
+void bind_residual(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_quant(py::module_& m);
 void bind_calibrate(py::module_& m);
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   bind_inject(m);
   bind_train(m);
   bind_optim(m);
+  bind_residual(m);
   bind_ops(m);
   bind_quant(m);
   bind_calibrate(m);

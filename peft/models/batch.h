@@ -4,9 +4,12 @@
 
 #include <budwood/peft/block_adapter.h>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace budwood::models {
+
+struct KeyValueTape;
 
 /// Token sequences laid end to end, without padding: the one form in which models take input.
 /// Sequence s occupies [cu_seqlens[s], cu_seqlens[s + 1]); no token sees another sequence.
@@ -19,6 +22,9 @@ struct TokenBatch {
   /// Filled by CausalLM::with_virtual_tokens: each row's own number, or -1 - v where virtual token
   /// v stands (ids has 0 there). Empty = no virtual tokens.
   std::vector<int64_t> virtual_rows = {};
+  /// Set by selected.h: where attention keeps the keys and values of this batch, or reads those of
+  /// the batch that this one is a part of.
+  std::shared_ptr<KeyValueTape> tape = {};
 
   int64_t tokens() const { return ids.size(0); }
   int64_t sequences() const { return static_cast<int64_t>(cu_seqlens.size()) - 1; }

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <budwood/peft/models/calibrate.h>
+#include <budwood/peft/models/running.h>
 #include <budwood/quant/calibrate/awq.h>
 #include <budwood/quant/calibrate/gptq.h>
 #include <budwood/quant/calibrate/hessian.h>
@@ -74,54 +75,11 @@ void require_plain(const Projection& projection) {
                             projection.path, quant::form_of(slot->weight().format).name()));
 }
 
-// Sequences that run together, and what the next block reads of them.
-struct Running {
-  TokenBatch batch;
-  at::Tensor x;
-};
-
-std::vector<Running> start(CausalLM& model, const Sequences& sequences, int64_t tokens) {
-  std::vector<Running> all;
-  Sequences together;
-  int64_t held = 0;
-  const auto flush = [&] {
-    if (together.empty()) return;
-    auto batch = TokenBatch::from_sequences(together);
-    auto x = model.embed(batch);
-    all.push_back({std::move(batch), std::move(x)});
-    together.clear();
-    held = 0;
-  };
-  for (const auto& sequence : sequences) {
-    const auto n = static_cast<int64_t>(sequence.size());
-    if (held + n > tokens) flush();
-    together.push_back(sequence);
-    held += n;
-  }
-  flush();
-  return all;
-}
-
 // The input of one group, as calibration has seen it.
 struct Seen {
   explicit Seen(int64_t in) : hessian(in) {}
   cal::HessianSum hessian;
   std::vector<std::pair<at::Tensor, const TokenBatch*>> kept;
-};
-
-// Lets a function look at a slot's inputs while it lives.
-class Observation {
- public:
-  Observation(LinearSlot slot, std::function<void(const at::Tensor&)> observer)
-      : slot_(std::move(slot)) {
-    slot_->set_observer(std::move(observer));
-  }
-  ~Observation() { slot_->set_observer({}); }
-  Observation(const Observation&) = delete;
-  Observation& operator=(const Observation&) = delete;
-
- private:
-  LinearSlot slot_;
 };
 
 std::vector<Seen> observe(const Block& block, const std::vector<Running>& running,
@@ -364,7 +322,7 @@ CalibrateReport calibrate(CausalLM& model, const Sequences& sequences,
   const int64_t tokens = options.method == "awq"
                              ? std::min(options.batch_tokens, options.search_tokens)
                              : options.batch_tokens;
-  auto running = start(model, sequences, tokens);
+  auto running = start_running(model, sequences, tokens);
   CalibrateReport report;
   for (const auto& one : running) report.tokens += one.batch.tokens();
   const auto total = static_cast<int64_t>(blocks.size());

@@ -43,6 +43,7 @@ std::vector<ConfigField> TrainOptions::fields() {
           bind_field("gradient_checkpointing", gradient_checkpointing),
           bind_field("tune", tune),
           bind_field("optimizer", optimizer),
+          bind_field("selected_tokens", selected_tokens),
           bind_field("fused_backward", fused_backward),
           bind_field("blocks", blocks),
           bind_field("active_blocks", active_blocks),
@@ -139,6 +140,16 @@ void TrainOptions::check_optimizer() const {
       fail("blocks", io::in_quotes(blocks), "'all' with lora_fa and mezo");
     optim::BlockOptions{blocks, active_blocks, block_steps, block_order}.validate();
   }
+  in_range("selected_tokens", selected_tokens, selected_tokens >= 0, "at least 0 (0 = all)");
+  if (selected_tokens >= 1 && selected_tokens != std::floor(selected_tokens))
+    fail("selected_tokens", fmt::format("{}", selected_tokens),
+         "a whole number of tokens, or a part below 1");
+  if (selected_tokens > static_cast<double>(sequence_length))
+    fail("selected_tokens", fmt::format("{}", selected_tokens),
+         "no more than sequence_length, or a part below 1");
+  if (selected_tokens > 0 && optimizer == "mezo")
+    fail("selected_tokens", fmt::format("{}", selected_tokens),
+         "0 with mezo, which has no backward");
   at_least("galore_rank", galore_rank, 1);
   at_least("galore_refresh", galore_refresh, 1);
   in_range("galore_scale", galore_scale, galore_scale > 0, "more than 0");

@@ -31,6 +31,9 @@ struct TrainOptions {
   /// with moments of gradients of low rank; "lomo" and "adalomo", with one gradient alive at a
   /// time; "mezo", without any.
   std::string optimizer = "adamw";
+  /// Back-propagates through some tokens of each sequence alone (TokenTune, models/selected.h): 1
+  /// or more is so many, below 1 that part of them; 0 = all.
+  double selected_tokens = 0.0;
   /// Updates each tensor as soon as its gradient is known, which is then freed, with any optimizer
   /// that has gradients; lomo and adalomo always do. Takes one batch a step.
   bool fused_backward = false;

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <budwood/peft/adapter.h>
 #include <budwood/peft/inject.h>
+#include <budwood/peft/models/selected.h>
 #include <budwood/peft/models/train_all.h>
 #include <budwood/peft/train/run_folder.h>
 #include <budwood/peft/train/signals.h>
@@ -164,8 +165,14 @@ TrainResult Trainer::run() {
 /// The loss of the batches of one step.
 class Trainer::Parts final : public StepLoss {
  public:
-  Parts(Trainer& trainer, const std::vector<Batch>& batches, int64_t counted)
-      : trainer_(trainer), batches_(batches), counted_(counted), sums_(batches.size()) {}
+  /// `rows`: the tokens of each batch that are back-propagated through; empty = all.
+  Parts(Trainer& trainer, const std::vector<Batch>& batches,
+        const std::vector<std::vector<int64_t>>& rows, int64_t counted)
+      : trainer_(trainer),
+        batches_(batches),
+        rows_(rows),
+        counted_(counted),
+        sums_(batches.size()) {}
 
   int64_t parts() const override { return static_cast<int64_t>(batches_.size()); }
   at::Tensor part(int64_t index) override {
@@ -173,7 +180,9 @@ class Trainer::Parts final : public StepLoss {
     if (at::GradMode::is_enabled() && trainer_.stop_requested()) throw Stopped();
     auto& model = *trainer_.model_;
     const auto& batch = batches_[static_cast<size_t>(index)];
-    const auto loss = model.loss(batch.tokens, batch.labels);
+    const auto loss = rows_.empty() ? model.loss(batch.tokens, batch.labels)
+                                    : models::selected_loss(model, batch.tokens, batch.labels,
+                                                            rows_[static_cast<size_t>(index)]);
     const auto value = loss.sum.item<double>();
     sums_[static_cast<size_t>(index)] = value;
     if (!std::isfinite(value)) trainer_.not_finite("loss", sum() / static_cast<double>(counted_));
@@ -193,6 +202,7 @@ class Trainer::Parts final : public StepLoss {
  private:
   Trainer& trainer_;
   const std::vector<Batch>& batches_;
+  const std::vector<std::vector<int64_t>>& rows_;
   int64_t counted_;
   std::vector<double> sums_;
 };
@@ -219,11 +229,13 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
     tokens += batches.back().tokens.tokens();
   } while (static_cast<int64_t>(batches.size()) < options_.grad_accumulation &&
            sampler_.state().epoch == position.epoch);
+  std::vector<std::vector<int64_t>> rows;
+  if (options_.selected_tokens > 0) counted = select(batches, rows);
   for (auto& batch : batches) batch = to_device(std::move(batch), device);
 
   before_step(*model_, state_.step);
   updater_->begin(state_.step);
-  Parts parts(*this, batches, counted);
+  Parts parts(*this, batches, rows, counted);
   const double rate = options_.learning_rate * schedule_.multiplier(state_.step);
   double norm = 0.0;
   try {
@@ -247,6 +259,24 @@ std::optional<Trainer::StepOutcome> Trainer::train_step() {
   interval_tokens_ += tokens;
   interval_seconds_ += elapsed;
   return StepOutcome{rate, norm};
+}
+
+// The tokens of each batch that are back-propagated through; how many of them count in the loss.
+int64_t Trainer::select(const std::vector<Batch>& batches,
+                        std::vector<std::vector<int64_t>>& rows) const {
+  int64_t counted = 0;
+  for (const auto& batch : batches) {
+    rows.push_back(models::select_tokens(batch.tokens, batch.labels, options_.selected_tokens,
+                                         static_cast<uint64_t>(options_.seed), state_.step,
+                                         static_cast<int64_t>(rows.size())));
+    const auto* label = batch.labels.const_data_ptr<int64_t>();
+    for (const int64_t row : rows.back()) counted += label[row] >= 0;
+  }
+  if (counted == 0)
+    throw Error("Trainer", fmt::format("step {}: no chosen token counts in the loss with "
+                                       "selected_tokens {}: choose more",
+                                       state_.step + 1, options_.selected_tokens));
+  return counted;
 }
 
 void Trainer::not_finite(const std::string& what, double value) const {
@@ -286,7 +316,12 @@ void Trainer::log(const StepOutcome& outcome, TrainResult& result) {
 }
 
 MemoryPlan Trainer::memory_plan() const {
-  auto plan = plan_memory(*model_, options_.batch_size * sampler_.report().longest);
+  const auto tokens = static_cast<double>(options_.batch_size * sampler_.report().longest);
+  const double chosen = options_.selected_tokens;
+  const double kept = chosen == 0  ? tokens
+                      : chosen < 1 ? chosen * tokens
+                                   : chosen * static_cast<double>(options_.batch_size);
+  auto plan = plan_memory(*model_, static_cast<int64_t>(std::ceil(kept)));
   plan.gradients = updater_->gradient_bytes();
   plan.optimizer = updater_->state_bytes();
   if (options_.optimizer == "mezo") plan.activations = 0;

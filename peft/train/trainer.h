@@ -88,6 +88,7 @@ class Trainer {
   void restore(const Checkpoint& checkpoint);
   void open_output();
   std::optional<StepOutcome> train_step();
+  int64_t select(const std::vector<Batch>& batches, std::vector<std::vector<int64_t>>& rows) const;
   [[noreturn]] void not_finite(const std::string& what, double value) const;
   void log(const StepOutcome& outcome, TrainResult& result);
   void evaluate_and_keep_best(TrainResult& result);

@@ -55,7 +55,9 @@ if TYPE_CHECKING:
         quantize_linear,
         quantize_model,
     )
+    from .quantized_start import start_from_original
     from .save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+    from .selective import selective_loss
 
 _HOME = {
     "AutoPeftModelForCausalLM": "auto",
@@ -105,7 +107,9 @@ _HOME = {
     "prepare_model_for_kbit_training": "quantized",
     "quantize_linear": "quantized",
     "quantize_model": "quantized",
+    "selective_loss": "selective",
     "set_peft_model_state_dict": "save_and_load",
+    "start_from_original": "quantized_start",
 }
 
 # For C++: cmake -DCMAKE_PREFIX_PATH=$(python -c 'import budwood; print(budwood.cmake_prefix_path)')
@@ -158,7 +162,9 @@ __all__ = [
     "quantize_linear",
     "quantize_model",
     "register_family",
+    "selective_loss",
     "set_peft_model_state_dict",
+    "start_from_original",
     "unmerge_files",
     "unoptimize",
     "verify_files",

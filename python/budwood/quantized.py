@@ -67,6 +67,11 @@ class QuantizedLinear(nn.Module):
         """The parts as operators take them."""
         return [_view(getattr(self, name), dtype) for name, dtype in zip(self._names, self._dtypes)]
 
+    def replace_parts(self, parts: list[torch.Tensor]) -> None:
+        """Puts another matrix of the same form in the place of this one."""
+        for own, new in zip(self.parts(), parts, strict=True):
+            own.copy_(new.reshape(own.shape))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = x.dtype
         if self.compute_dtype is not None:

@@ -4,6 +4,7 @@
 
 #include <budwood/quant/checkpoints/checkpoint.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/kernels/gguf_blocks.h>
 #include <budwood/quant/quantize.h>
 #include <algorithm>
 #include <nlohmann/json.hpp>
@@ -66,6 +67,30 @@ void refuse_other_parts(const StoredParts& parts, const std::vector<std::string>
                                       fmt::join(known, ", ")));
 }
 
+namespace {
+
+// Blocks of a GGUF file.
+Weight made_of_blocks(const at::Tensor& w, const Weight& like) {
+  const auto* type = kernels::ggml_type_traits(static_cast<uint32_t>(like.format) - 16);
+  if (like.format < Format::gguf_q4_0 || type == nullptr || !type->writable)
+    throw Error("quantize", fmt::format("{} weights are not made anew from numbers",
+                                        form_of(like.format).name()));
+  const auto values = w.to(at::kFloat).contiguous();
+  auto made = like;
+  made.parts = {at::empty_like(like.parts[0])};
+  const int64_t width = kernels::row_bytes(type->type, like.in);
+  auto* to = made.parts[0].mutable_data_ptr<uint8_t>();
+  for (int64_t row = 0; row < like.out; ++row)
+    if (!kernels::quantize_row(type->type, values.const_data_ptr<float>() + row * like.in,
+                               to + row * width, like.in)
+             .ok())
+      throw Error("quantize",
+                  fmt::format("row {} holds values that are not finite in {}", row, type->name));
+  return made;
+}
+
+}  // namespace
+
 Weight requantize(const at::Tensor& w, const Weight& like) {
   switch (like.format) {
     case Format::nf4:
@@ -80,8 +105,7 @@ Weight requantize(const at::Tensor& w, const Weight& like) {
       return quantize(w, {.format = like.format == Format::affine4 ? "int4" : "affine8",
                           .block_size = like.parts[3].item<int64_t>()});
     default:
-      throw Error("quantize", fmt::format("{} weights are not made anew from numbers",
-                                          form_of(like.format).name()));
+      return made_of_blocks(w, like);
   }
 }
 

@@ -52,8 +52,8 @@ struct CheckpointWriter {
 CheckpointWriter checkpoint_writer(const std::vector<const Weight*>& weights, at::ScalarType dtype);
 
 /// A packed matrix's parts, made anew from the values of a matrix [out, in] in fp32, rounded to
-/// nearest with the form, block size and options of `like`. Throws Error for forms that need data
-/// to be made (GPTQ's and AWQ's).
+/// nearest with the form, block size and options of `like`. Throws Error for forms that are not
+/// made here (K-quants).
 Weight requantize(const at::Tensor& w, const Weight& like);
 
 /// A group-affine weight with its zero points moved by -change / scale, fp32, so that it stands for

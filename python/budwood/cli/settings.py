@@ -137,6 +137,12 @@ def check(values: dict[str, Any], source: str) -> Settings:
     train = {**train_defaults, **top["train"]}
 
     adapter = dict(top["adapter"])
+    full = train["tune"] == "full"
+    if full and adapter:
+        raise Error(
+            f"[train] {source}: train.tune is full, which trains the model itself: there is no "
+            "adapter to be set"
+        )
     method = adapter.pop("method", "lora")
     name = adapter.pop("name", "default")
     if method not in METHODS:
@@ -159,6 +165,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
         "resume": resume if isinstance(resume, str) else "auto" if resume else "",
         "overwrite": top["overwrite"],
         "adapter": name,
+        "tokenizer_from": train["tokenizer_from"] or (top["model"] if full else ""),
     }
     shown = {key: adapter_defaults[key] for key in SHOWN_ADAPTER if key in adapter_defaults}
     adapter.setdefault("task_type", "CAUSAL_LM")
@@ -181,7 +188,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
             "quantize": quantize,
             **{key: top[key] for key in ("seed", "output")},
             "data": data,
-            "adapter": {"method": method, "name": name, **shown, **adapter},
+            "adapter": {} if full else {"method": method, "name": name, **shown, **adapter},
             "train": train,
         },
     )

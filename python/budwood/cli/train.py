@@ -29,7 +29,8 @@ def run(
     output = Output(as_json)
     settings = load_settings(config, overrides, resume=resume, overwrite=overwrite)
     options = _C.TrainOptions.from_dict(settings.train)
-    adapter = getattr(_C, settings.adapter_kind)(**settings.adapter)
+    full = settings.train["tune"] == "full"
+    adapter = None if full else getattr(_C, settings.adapter_kind)(**settings.adapter)
     check_inputs(settings)
 
     model = load_model(settings.model, settings.dtype, settings.weights, settings.quantize)
@@ -38,10 +39,11 @@ def run(
     tokenizer = Tokeniser(settings.tokenizer)
     train = open_rows(settings, "train", tokenizer, model, output)
     evaluation = open_rows(settings, "eval", tokenizer, model, output)
-    report = _C.inject(model, adapter, settings.adapter_name, settings.seed)
-    output.say(report["summary"].rstrip())
-    for warning in report["warnings"]:
-        output.warn(warning)
+    if adapter is not None:
+        report = _C.inject(model, adapter, settings.adapter_name, settings.seed)
+        output.say(report["summary"].rstrip())
+        for warning in report["warnings"]:
+            output.warn(warning)
 
     trainer = _C.Trainer(model, train, evaluation, options)
     write_settings(settings, settings.output / "config.yaml")
@@ -70,12 +72,11 @@ def plan_text(plan: dict[str, int]) -> str:
     def mb(name: str) -> str:
         return f"{plan[name] / 2**20:,.0f}"
 
-    adapters = (plan["adapters"] + plan["gradients"] + plan["optimizer"]) / 2**20
     shared = f" ({mb('mapped')} shared with the file)" if plan["mapped"] else ""
     return (
-        f"memory plan: {mb('total')} MB = process {mb('process')} + weights {mb('weights')}{shared}"
-        f" + adapters, gradients and optimiser {adapters:,.0f} + activations {mb('activations')}"
-        f" + workspace {mb('workspace')}"
+        f"memory plan: {mb('total')} MB = process {mb('process')} + frozen {mb('weights')}{shared}"
+        f" + trained {mb('adapters')} + gradients {mb('gradients')} + optimiser {mb('optimizer')}"
+        f" + activations {mb('activations')} + workspace {mb('workspace')}"
     )
 
 
@@ -189,7 +190,8 @@ def show_result(
     if result["evaluation"] is not None:
         pairs.insert(2, ("evaluation", evaluation_text(result["evaluation"])))
     if not result["interrupted"]:
-        pairs.append(("adapter", str(folder)))
+        full = settings.train["tune"] == "full"
+        pairs.append(("model", str(folder / "model")) if full else ("adapter", str(folder)))
     if plotted:
         pairs.append(("loss curve", str(folder / "loss.png")))
     output.figures(pairs)
