@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import resource
 import signal
@@ -142,6 +144,65 @@ def test_every_method_is_trained_resumed_and_read_again(method, model, rows, tmp
     assert adapted["loss"] < plain["loss"]
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     budwood.PeftModel.from_pretrained(base, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"optimizer": "adamw8bit", "learning_rate": 0.003},
+        {"optimizer": "lomo", "learning_rate": 0.3},
+        {"blocks": "lisa", "active_blocks": 1, "block_steps": 2, "learning_rate": 0.003},
+        {"selected_tokens": 0.5, "learning_rate": 0.003},
+    ],
+)
+def test_a_whole_model_is_trained_resumed_and_opened(train, model, rows, tmp_path, capsys):
+    values = settings(model, rows, tmp_path / "whole", tune="full", schedule="constant", **train)
+    values["adapter"] = {}
+    config = write(tmp_path / "run.yaml", values)
+    assert main(["train", str(config)]) == 0
+    cut = [f"output={tmp_path / 'cut'}", "train.save_every=3"]
+    assert main(["train", str(config), *cut, "train.steps=3"]) == 0
+    assert main(["train", str(config), *cut, "--resume"]) == 0
+    name = "model/model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    plain = figures(capsys, "eval", "-m", str(model), str(rows))
+    tuned = figures(capsys, "eval", "-m", str(tmp_path / "whole" / "model"), str(rows))
+    assert tuned["loss"] < plain["loss"]
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "whole" / "model")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    again = tmp_path / "again"
+    written = tmp_path / "whole" / "config.yaml"
+    assert main(["train", str(written), f"output={again}"]) == 0
+    assert (again / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    values["adapter"] = {"r": 4}
+    assert main(["train", str(write(tmp_path / "bad.yaml", values)), "--overwrite"]) == 1
+    assert "there is no adapter to be set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", ["loftq", {"method": "loftq", "iterations": 2}, "qpissa", "eora"])
+def test_factors_begin_with_what_quantising_took_away(start, model, rows, tmp_path, capsys):
+    values = settings(model, rows, tmp_path / "run")
+    values["quantize"] = "nf4"
+    values["adapter"] |= {"start": start, "target_modules": ["q_proj", "down_proj"]}
+    assert main(["train", str(write(tmp_path / "run.yaml", values))]) == 0
+    out = capsys.readouterr()
+    assert "the error of the" in out.out + out.err
+    changed = start == "qpissa" or isinstance(start, dict)
+    base = tmp_path / "run" / "base"
+    assert base.exists() == changed
+    if changed:
+        tuned = figures(capsys, "eval", "-m", str(base), "-a", str(tmp_path / "run"), str(rows))
+        assert math.isfinite(tuned["loss"])
+    for wrong, message in (
+        ({"start": "pissa"}, "wanted loftq, qpissa"),
+        ({"start": {"method": "loftq", "turns": 2}}, "did you mean"),
+        ({"start": "loftq", "method": "vera"}, "adapter.start is for the method lora"),
+    ):
+        bad = copy.deepcopy(values)
+        bad["adapter"] |= wrong
+        assert main(["train", str(write(tmp_path / "bad.yaml", bad)), "--overwrite"]) == 1
+        error = capsys.readouterr().err
+        assert message in error or "unknown setting adapter.start.turns" in error
 
 
 def test_lora_fa_leaves_a_as_it_started(model, rows, tmp_path):

@@ -29,6 +29,8 @@ TOP = {
 }
 # `quantize: nf4` is short for `quantize: {format: nf4}`.
 QUANTIZE = {"format": None, "block_size": 64, "double_quant": False, "skip": None}
+# `start: loftq` is short for `start: {method: loftq}`.
+START = {"method": None, "iterations": 1, "original": None, "rows": 64}
 DATA = {"train": None, "eval": None, "format": "auto", "bos": None, "eos": True}
 # Options of the trainer that stand under `data`, because they say how rows become sequences.
 SAMPLING = ("sequence_length", "packing", "long_rows", "shuffle")
@@ -70,6 +72,7 @@ class Settings:
     adapter_name: str
     adapter_kind: str  #: the class of its configuration
     adapter: dict[str, Any]
+    start: dict[str, Any] | None  #: how the factors begin on a quantised base
     data: dict[str, Any]
     train: dict[str, Any]
     seed: int = 0
@@ -145,6 +148,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
         )
     method = adapter.pop("method", "lora")
     name = adapter.pop("name", "default")
+    start = _start(adapter.pop("start", None), method, top, quantize, source)
     if method not in METHODS:
         raise Error(
             f"[train] {source}: adapter.method is {method!r}, wanted one of {', '.join(METHODS)}"
@@ -152,7 +156,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
     adapter_defaults = getattr(_C, METHODS[method]).defaults().to_dict()
     _type(name, str, "adapter.name", source)
     names = getattr(_C, METHODS[method]).defaults().option_names()
-    _known(adapter, [*names, "method", "name"], "adapter.", source)
+    _known(adapter, [*names, "method", "name", "start"], "adapter.", source)
 
     resume = top["resume"]
     if not isinstance(resume, (bool, str)):
@@ -180,6 +184,7 @@ def check(values: dict[str, Any], source: str) -> Settings:
         adapter_name=name,
         adapter_kind=METHODS[method],
         adapter=adapter,
+        start=start,
         data=data,
         train=options,
         seed=top["seed"],
@@ -188,7 +193,9 @@ def check(values: dict[str, Any], source: str) -> Settings:
             "quantize": quantize,
             **{key: top[key] for key in ("seed", "output")},
             "data": data,
-            "adapter": {} if full else {"method": method, "name": name, **shown, **adapter},
+            "adapter": {}
+            if full
+            else {"method": method, "name": name, "start": start, **shown, **adapter},
             "train": train,
         },
     )
@@ -210,6 +217,36 @@ def _quantize(value: Any, source: str) -> dict[str, Any] | None:
         isinstance(skip, list) and all(isinstance(name, str) for name in skip)
     ):
         raise Error(f"[train] {source}: quantize.skip is {skip!r}, wanted a list of names")
+    return values
+
+
+def _start(
+    value: Any, method: str, top: dict[str, Any], quantize: dict[str, Any] | None, source: str
+) -> dict[str, Any] | None:
+    """What the factors begin with on a quantised base; None = with 0."""
+    if value is None:
+        return None
+    given = {"method": value} if isinstance(value, str) else value
+    _type(given, dict, "adapter.start", source)
+    _known(given, START, "adapter.start.", source)
+    values = {**START, **given}
+    if method != "lora":
+        raise Error(f"[train] {source}: adapter.start is for the method lora, found {method!r}")
+    if values["method"] not in ("loftq", "qpissa", "eora"):
+        raise Error(
+            f"[train] {source}: adapter.start.method is {values['method']!r}, wanted loftq, qpissa "
+            "or eora"
+        )
+    for name in ("iterations", "rows"):
+        _type(values[name], int, f"adapter.start.{name}", source)
+    if values["original"] is None:
+        if quantize is None:
+            raise Error(
+                f"[train] {source}: adapter.start.original is missing: the folder of the weights "
+                "that the model was quantised from"
+            )
+        values["original"] = top["model"]
+    _type(values["original"], str, "adapter.start.original", source)
     return values
 
 

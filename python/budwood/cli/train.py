@@ -44,6 +44,7 @@ def run(
         output.say(report["summary"].rstrip())
         for warning in report["warnings"]:
             output.warn(warning)
+    new_base = settings.start is not None and start_factors(settings, model, train, output)
 
     trainer = _C.Trainer(model, train, evaluation, options)
     write_settings(settings, settings.output / "config.yaml")
@@ -57,6 +58,8 @@ def run(
 
     for warning in result["warnings"]:
         output.warn(warning)
+    if new_base and not result["interrupted"]:
+        save_base(settings, model)
     plot = plot and not math.isnan(result["final_loss"])
     if plot:
         from ..plot import plot_loss
@@ -64,6 +67,51 @@ def run(
         plot_loss(settings.output / "metrics.jsonl", settings.output / "loss.png")
     show_result(output, config, settings, overrides, result, plot, plan)
     return INTERRUPTED if result["interrupted"] else 0
+
+
+def start_factors(settings: Settings, model: Any, rows: Any, output: Output) -> bool:
+    """Lets the factors begin with what quantising took away; whether the base is another now."""
+    from .. import _C
+
+    start = settings.start
+    assert start is not None
+    sequences = []
+    if start["method"] == "eora":
+        length = settings.train["sequence_length"]
+        sequences = [
+            rows.row(i)[0].long().tolist()[:length] for i in range(min(rows.rows, start["rows"]))
+        ]
+    report = _C.start_from_original(
+        model,
+        start["original"],
+        settings.adapter_name,
+        start["method"],
+        start["iterations"],
+        sequences,
+    )
+    places = report["places"]
+    before = sum(place["before"] for place in places) / len(places)
+    after = sum(place["after"] for place in places) / len(places)
+    what = "outputs" if start["method"] == "eora" else "weights"
+    output.say(
+        f"{start['method']}: the error of the {what} falls from {before:.2%} to {after:.2%}, mean "
+        f"of {len(places)} places"
+    )
+    return bool(report["base_changed"])
+
+
+def save_base(settings: Settings, model: Any) -> None:
+    """The quantised base that the factors began with: the adapter is of use only with it."""
+    from .. import _C
+
+    _C.detach(model, settings.adapter_name)
+    _C.save_model(
+        model,
+        str(settings.output / "base"),
+        weights="packed",
+        tokenizer_from=settings.model,
+        overwrite=True,
+    )
 
 
 def plan_text(plan: dict[str, int]) -> str:
@@ -192,6 +240,8 @@ def show_result(
     if not result["interrupted"]:
         full = settings.train["tune"] == "full"
         pairs.append(("model", str(folder / "model")) if full else ("adapter", str(folder)))
+        if (folder / "base").exists():
+            pairs.append(("its base", str(folder / "base")))
     if plotted:
         pairs.append(("loss curve", str(folder / "loss.png")))
     output.figures(pairs)
