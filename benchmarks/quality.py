@@ -5,9 +5,10 @@
 Each row packs the same 16-bit model with `budwood quantize` and trains LoRA of rank 16 on it with
 `budwood train`, the same rows in the same order, in processes of their own. Losses are those of
 held-out text (Hamlet) before and after, gaps their distance from the 16-bit rows; the calibrated
-methods read 16,384 tokens of the training text. The 16-bit model is the package's Q4_1 file
-decoded, so integers with a zero point per 32 weights hold it exactly; nf4 and int4 in groups of 64
-do not.
+methods read 16,384 tokens of the training text. Rows with loftq and eora begin with factors that
+make up for a part of the error; their loss before is that of the base alone. The 16-bit model is
+the package's Q4_1 file decoded, so integers with a zero point per 32 weights hold it exactly; nf4
+and int4 in groups of 64 do not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ FORMS: dict[str, list[str] | None] = {
     "nf4-gptq": ["-f", "nf4", "--method", "gptq", *DATA],
     "nf4-gptq twice": ["-f", "nf4", "--double-quant", "--method", "gptq", *DATA],
     "nf4-gptq 32": ["-f", "nf4", "--block-size", "32", "--method", "gptq", *DATA],
+    "nf4 loftq": ["-f", "nf4"],
+    "nf4-gptq loftq": ["-f", "nf4", "--method", "gptq", *DATA],
+    "nf4-gptq eora": ["-f", "nf4", "--method", "gptq", *DATA],
     "int4": ["-f", "int4"],
     "int4-hqq": ["-f", "int4", "--method", "hqq"],
     "int4-awq": ["-f", "int4", "--method", "awq", *DATA],
@@ -84,6 +88,14 @@ def prepare(folder: Path) -> dict[str, Path]:
     return files
 
 
+def starts(name: str, files: dict[str, Path]) -> list[str]:
+    """Settings of rows whose factors begin with what packing took away."""
+    method = name.rpartition(" ")[2]
+    if method not in ("loftq", "eora"):
+        return []
+    return [f"adapter.start.method={method}", f"adapter.start.original={files['base']}"]
+
+
 def measure(name: str, files: dict[str, Path], folder: Path, steps: int) -> dict[str, float]:
     from budwood import _C
 
@@ -108,6 +120,7 @@ def measure(name: str, files: dict[str, Path], folder: Path, steps: int) -> dict
         f"train.steps={steps}",
         f"train.warmup_steps={min(4, steps - 1)}",
         f"train.eval_every={steps}",
+        *starts(name, files),
         "--overwrite",
     )
     size = sum(f.stat().st_size for f in model.rglob("*")) if model.is_dir() else 0

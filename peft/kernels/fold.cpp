@@ -118,17 +118,20 @@ FoldSums sums_of(const double* before, const double* after, const double* writte
   return sums;
 }
 
-bool round_and_sum(const double* before, const double* after, FloatType type, void* dst, int64_t n,
-                   FoldSums& sums) {
+bool round_and_sum(FloatType stored, const void* before, const double* after, FloatType type,
+                   void* dst, int64_t n, FoldSums& sums) {
   constexpr int64_t kPiece = 512;
-  double written[kPiece];
+  double old[kPiece], written[kPiece];
   bool finite = true;
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t count = std::min(kPiece, n - i);
+    const auto* from =
+        static_cast<const std::byte*>(before) + i * quant::kernels::float_bytes(stored);
     auto* to = static_cast<std::byte*>(dst) + i * quant::kernels::float_bytes(type);
     finite &= round_once(after + i, type, to, count);
     widen(type, to, written, count);
-    sums.add(sums_of(before + i, after + i, written, count));
+    widen(stored, from, old, count);
+    sums.add(sums_of(old, after + i, written, count));
   }
   return finite;
 }

@@ -41,9 +41,10 @@ struct FoldSums {
 };
 FoldSums sums_of(const double* before, const double* after, const double* written, int64_t n);
 
-/// round_once of `after`, and the sums, in one pass over the memory.
-bool round_and_sum(const double* before, const double* after, FloatType type, void* dst, int64_t n,
-                   FoldSums& sums);
+/// round_once of `after`, and the sums, in one pass over the memory. `before` are elements of
+/// `stored`.
+bool round_and_sum(FloatType stored, const void* before, const double* after, FloatType type,
+                   void* dst, int64_t n, FoldSums& sums);
 
 /// sums[j] += the squares of column j of a panel [rows, cols], one row after the other.
 void add_column_squares(const double* panel, int64_t rows, int64_t cols, double* sums);

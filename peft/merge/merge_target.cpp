@@ -55,13 +55,13 @@ const bool registered = register_merge_target(
 
 MergePiece PlainItem::make(int64_t piece) {
   if (rows_.is_copy()) return {rows_.copied(piece), {}};
-  thread_local OutputRows::Values values;
-  rows_.make(piece, values);
   MergePiece made;
-  if (values.trained.empty()) {
-    made.bytes = rows_.rounded(values, piece, made.sums);
+  if (rows_.is_direct()) {
+    made.bytes = rows_.make_rounded(piece, made.sums);
     return made;
   }
+  thread_local OutputRows::Values values;
+  rows_.make(piece, values);
   thread_local std::vector<double> written;
   made.bytes = rows_.rounded(values.after, piece);
   rows_.widen(made.bytes, written);

@@ -84,20 +84,50 @@ std::vector<std::byte> OutputRows::copied(int64_t panel) const {
   return bytes;
 }
 
-void OutputRows::make(int64_t panel, Values& values) {
-  const int64_t begin = panel * step_, rows = std::min(step_, rows_ - begin);
+void OutputRows::require_floats() const {
   if (!float_type(stored().dtype) || !float_type(output_.spec.dtype))
     throw Error(
         "merge_files",
         fmt::format("{} is {}, which is not converted to {}", io::in_quotes(output_.spec.name),
                     io::dtype_name(stored().dtype), io::dtype_name(output_.spec.dtype)));
+}
+
+// Rows as they are stored to what the adapters make of them.
+void OutputRows::change(double* values, int64_t begin, int64_t rows) {
+  if (output_.bias)
+    folding().apply_to_bias(values, cols_);
+  else if (!output_.edits.empty())
+    fold(values, begin, rows);
+  replace_rows(values, begin, rows);
+}
+
+bool OutputRows::is_direct() const {
+  const bool packed = output_.whole == nullptr && plan_.base->packed(*output_.source);
+  return !packed && !output_.rescaled && plan_.trained == nullptr;
+}
+
+std::vector<std::byte> OutputRows::make_rounded(int64_t panel, kernels::FoldSums& sums) {
+  const int64_t begin = panel * step_, rows = std::min(step_, rows_ - begin), count = rows * cols_;
+  require_floats();
+  const auto from = *float_type(stored().dtype), to = *float_type(output_.spec.dtype);
+  thread_local std::vector<std::byte> raw;
+  thread_local std::vector<double> values;
+  read(begin, rows, raw);
+  values.resize(static_cast<size_t>(count));
+  kernels::widen(from, raw.data(), values.data(), count);
+  change(values.data(), begin, rows);
+  std::vector<std::byte> bytes(static_cast<size_t>(count * quant::kernels::float_bytes(to)));
+  if (!kernels::round_and_sum(from, raw.data(), values.data(), to, bytes.data(), count, sums))
+    refuse(panel);
+  return bytes;
+}
+
+void OutputRows::make(int64_t panel, Values& values) {
+  const int64_t begin = panel * step_, rows = std::min(step_, rows_ - begin);
+  require_floats();
   wide(begin, rows, values.before);
   if (!rescale(begin, rows, values.after)) values.after = values.before;
-  if (output_.bias)
-    folding().apply_to_bias(values.after.data(), cols_);
-  else if (!output_.edits.empty())
-    fold(values.after.data(), begin, rows);
-  replace_rows(values.after.data(), begin, rows);
+  change(values.after.data(), begin, rows);
   values.trained.clear();
   if (plan_.trained == nullptr || output_.edits.empty() || output_.bias) return;
   const auto* tensor = plan_.trained->find(output_.spec.name);
@@ -112,18 +142,6 @@ std::vector<std::byte> OutputRows::rounded(const std::vector<double>& after, int
   std::vector<std::byte> bytes(after.size() *
                                static_cast<size_t>(quant::kernels::float_bytes(type)));
   if (!kernels::round_once(after.data(), type, bytes.data(), static_cast<int64_t>(after.size())))
-    refuse(panel);
-  return bytes;
-}
-
-std::vector<std::byte> OutputRows::rounded(const Values& values, int64_t panel,
-                                           kernels::FoldSums& sums) const {
-  const auto type = *float_type(output_.spec.dtype);
-  const auto& after = values.after;
-  std::vector<std::byte> bytes(after.size() *
-                               static_cast<size_t>(quant::kernels::float_bytes(type)));
-  if (!kernels::round_and_sum(values.before.data(), after.data(), type, bytes.data(),
-                              static_cast<int64_t>(after.size()), sums))
     refuse(panel);
   return bytes;
 }

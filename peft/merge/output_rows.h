@@ -34,9 +34,10 @@ class OutputRows {
   void make(int64_t panel, Values& values);
   /// `after` in the output's dtype, each number rounded once. Throws when one is not finite.
   std::vector<std::byte> rounded(const std::vector<double>& after, int64_t panel) const;
-  /// The same, and the sums of the panel.
-  std::vector<std::byte> rounded(const Values& values, int64_t panel,
-                                 kernels::FoldSums& sums) const;
+  /// Whether the output is made of plain numbers, and nothing is compared with what was trained:
+  /// then the next is make() and rounded() at once, with the sums of the panel, in less memory.
+  bool is_direct() const;
+  std::vector<std::byte> make_rounded(int64_t panel, kernels::FoldSums& sums);
   /// Bytes of this output's dtype as fp64.
   void widen(const std::vector<std::byte>& bytes, std::vector<double>& values) const;
   /// First byte and bytes of a panel in the output's dtype.
@@ -58,7 +59,9 @@ class OutputRows {
                     std::unique_ptr<PackedRows>& opened, int64_t begin, int64_t rows,
                     std::vector<double>& values);
   const Folding& folding(int64_t expert = 0);
+  void change(double* values, int64_t begin, int64_t rows);
   void fold(double* values, int64_t begin, int64_t rows);
+  void require_floats() const;
   bool rescale(int64_t begin, int64_t rows, std::vector<double>& values);
   [[noreturn]] void refuse(int64_t panel) const;
   void replace_rows(double* values, int64_t begin, int64_t rows) const;

@@ -199,8 +199,10 @@ void LoraConfig::validate(Strictness strictness) const {
     const auto fields = copy.fields();
     const auto field = std::find_if(fields.begin(), fields.end(),
                                     [&](const auto& f) { return f.name == *option; });
-    refuse(fmt::format("{} is {}; this is not available in this version", *option,
-                       shown(field->write())));
+    const bool loftq = is_name(init_lora_weights, "loftq") && *option == "init_lora_weights";
+    refuse(fmt::format("{} is {}; this is not available in this version{}", *option,
+                       shown(field->write()),
+                       loftq ? ": begin with 0, then call start_from_original" : ""));
   }
 }
 

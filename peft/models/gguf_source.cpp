@@ -118,6 +118,7 @@ at::Tensor GgufSource::in_rotary_order(const std::string& name, const at::Tensor
 at::Tensor GgufSource::read(const std::string& name, at::IntArrayRef shape) {
   const auto& tensor = find(name, shape);
   const auto values = decode(tensor, dtype_);
+  tensor.file->release(tensor.data, tensor.bytes);
   if (!values.isfinite().all().item<bool>()) refuse_not_finite(tensor, file_.path().string());
   return in_rotary_order(name, values);
 }

@@ -77,6 +77,15 @@ at::Tensor HfSource::read(const std::string& name, at::IntArrayRef shape) {
   return tensor;
 }
 
+// A copy lets go of the file's pages: without that, loading in another dtype would hold both.
+at::Tensor HfSource::converted(const std::string& name, at::IntArrayRef shape) {
+  const auto stored = read(name, shape);
+  if (stored.scalar_type() == dtype_) return stored;
+  auto values = stored.to(dtype_);
+  release(name);
+  return values;
+}
+
 quant::Weight HfSource::matrix(const std::string& name, int64_t out, int64_t in) {
   const auto parts = packed_parts(name);
   if (!parts.empty()) {
@@ -89,15 +98,15 @@ quant::Weight HfSource::matrix(const std::string& name, int64_t out, int64_t in)
                                       path.substr(0, path.size() - 1), e.what()));
     }
   }
-  return quant::Weight::dense(read(name, {out, in}).to(dtype_));
+  return quant::Weight::dense(converted(name, {out, in}));
 }
 
 quant::Weight HfSource::transposed_matrix(const std::string& name, int64_t out, int64_t in) {
-  return quant::Weight::dense_transposed(read(name, {in, out}).to(dtype_));
+  return quant::Weight::dense_transposed(converted(name, {in, out}));
 }
 
 at::Tensor HfSource::vector(const std::string& name, int64_t size) {
-  return read(name, {size}).to(dtype_);
+  return converted(name, {size});
 }
 
 void HfSource::release(const std::string& name) {

@@ -33,6 +33,7 @@ class HfSource final : public WeightSource {
   std::vector<std::string> unused() const override;
 
  private:
+  at::Tensor converted(const std::string& name, at::IntArrayRef shape);
   at::Tensor read(const std::string& name, at::IntArrayRef shape);
   // The packed tensors of the layer whose weight is `name`; empty when it is plain.
   quant::StoredParts packed_parts(const std::string& name) const;

@@ -31,7 +31,7 @@ class AdaLomoRule final : public UpdateRule {
   void update(at::Tensor p, at::Tensor grad, TensorState& state, double rate) const override {
     const double keep = 1.0 - std::pow(static_cast<double>(count_step(state)), -0.8);
     // In fp32, in place of the gradient: the largest tensor of an update.
-    auto g = grad.to(at::kFloat);
+    auto g = grad.to(at::kFloat).contiguous();
     const auto squares = g.square().add_(1e-30);
     if (p.dim() < 2) {
       auto& square = state.at("square");

@@ -52,6 +52,7 @@ FusedBackward::FusedBackward(Optimizer& optimizer, FusedOptions options)
   for (size_t i = 0; i < parameters.size(); ++i) {
     const auto& [path, p] = parameters[i];
     half_ = half_ || p.scalar_type() == at::kHalf;
+    received_.push_back(false);
     hooks_->add(path, p, [this, i](const at::Tensor& tensor) { receive(i, tensor); });
   }
   if (half_) scale_ = kFirstScale;
@@ -62,8 +63,15 @@ FusedBackward::~FusedBackward() = default;
 void FusedBackward::receive(size_t index, const at::Tensor& p) {
   const at::NoGradGuard no_grad;
   auto grad = p.grad();
-  if (!grad.defined()) return;
+  if (!running_ || !grad.defined()) return;
   p.mutable_grad() = at::Tensor();
+  if (received_[index])
+    throw Error("FusedBackward",
+                fmt::format("the gradient of {} came in two pieces, as with re-entrant "
+                            "checkpointing of a part of what uses it: take use_reentrant=False{}",
+                            optimizer_.parameters()[index].first,
+                            measuring_ ? "; nothing has changed" : ""));
+  received_[index] = true;
   if (measuring_) {
     const auto norm = grad.norm(2, half_ ? at::kFloat : grad.scalar_type()).item<double>();
     sum_ += norm * norm;
@@ -83,7 +91,15 @@ void FusedBackward::receive(size_t index, const at::Tensor& p) {
 
 void FusedBackward::run(const at::Tensor& loss, bool keep_graph) {
   updated_ = 0;
-  loss.backward({}, keep_graph);
+  received_.assign(optimizer_.parameters().size(), false);
+  running_ = true;
+  try {
+    loss.backward({}, keep_graph);
+  } catch (...) {
+    running_ = false;
+    throw;
+  }
+  running_ = false;
 }
 
 FusedBackward::Result FusedBackward::backward(const at::Tensor& loss, double rate) {

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <vector>
 
 namespace budwood::optim {
 
@@ -18,8 +19,9 @@ struct FusedOptions {
 /// Clipping by norm takes two passes over the same graph, the first only for the norm; its result
 /// is clip_gradients' and Optimizer::step's. So do fp16 tensors, whose losses are scaled: a pass
 /// whose gradients overflow changes nothing but the scale. Gradients cannot be accumulated over
-/// several losses: put all of them into one. While this object lives, the parameters' gradients are
-/// its own.
+/// several losses: put all of them into one. A backward that is not this
+/// object's leaves gradients as ever. A tensor whose gradient comes in two pieces, as one that is
+/// used inside and outside of re-entrant checkpointing, is an Error.
 class FusedBackward {
  public:
   /// The optimizer is used, not owned.
@@ -51,9 +53,10 @@ class FusedBackward {
   Optimizer& optimizer_;
   FusedOptions options_;
   std::shared_ptr<Hooks> hooks_;
-  bool half_ = false, measuring_ = false;
+  bool half_ = false, measuring_ = false, running_ = false;
   double scale_ = 1.0, factor_ = 1.0, rate_ = 0.0, sum_ = 0.0;
   int64_t good_steps_ = 0, updated_ = 0;
+  std::vector<bool> received_;  // of each parameter, in this pass
 };
 
 }  // namespace budwood::optim

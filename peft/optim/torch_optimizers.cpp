@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 #include <torch/serialize/archive.h>
 
+#include <budwood/peft/inject.h>
 #include <budwood/peft/optim/optimizer.h>
 #include <budwood/peft/optim/torch_optimizers.h>
 #include <budwood/quant/error.h>
@@ -86,6 +87,31 @@ void RuleOptimizer::load(torch::serialize::InputArchive& archive) {
     }
   }
   states_ = std::move(restored);
+}
+
+namespace {
+
+std::vector<at::Tensor> trained(torch::nn::Module& model) {
+  std::vector<at::Tensor> tensors;
+  for (const auto& [path, p] : trainable_parameters(model)) tensors.push_back(p);
+  return tensors;
+}
+
+}  // namespace
+
+LoraFaAdamW::LoraFaAdamW(LoraFa lora_fa, torch::nn::Module& model,
+                         torch::optim::AdamWOptions defaults)
+    : AdamW(trained(model), std::move(defaults)), lora_fa_(std::move(lora_fa)) {}
+
+at::Tensor LoraFaAdamW::step(LossClosure closure) {
+  at::Tensor loss;
+  if (closure) {
+    const at::AutoGradMode grad(true);
+    loss = closure();
+  }
+  lora_fa_.correct_gradients();
+  AdamW::step();
+  return loss;
 }
 
 std::vector<torch::optim::OptimizerParamGroup> lora_plus_groups(

@@ -1,9 +1,11 @@
 #pragma once
 
-#include <torch/optim/optimizer.h>
+#include <torch/optim/adamw.h>
 
+#include <budwood/peft/optim/lora_fa.h>
 #include <budwood/peft/optim/update_rule.h>
 #include <budwood/peft/tensor_file.h>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -52,6 +54,18 @@ class AdamW8bit final : public RuleOptimizer {
       : RuleOptimizer("adamw8bit", std::move(parameters), defaults) {}
   AdamW8bit(const std::vector<torch::optim::OptimizerParamGroup>& groups, TorchRuleOptions defaults)
       : RuleOptimizer("adamw8bit", groups, defaults) {}
+};
+
+/// LibTorch's AdamW with the gradients of LoRA-FA (lora_fa.h) over all that a model trains then.
+class LoraFaAdamW final : public torch::optim::AdamW {
+ public:
+  explicit LoraFaAdamW(torch::nn::Module& model, torch::optim::AdamWOptions defaults = {})
+      : LoraFaAdamW(LoraFa(model), model, std::move(defaults)) {}
+  at::Tensor step(LossClosure closure = nullptr) override;
+
+ private:
+  LoraFaAdamW(LoraFa lora_fa, torch::nn::Module& model, torch::optim::AdamWOptions defaults);
+  LoraFa lora_fa_;
 };
 
 /// Parameter groups of LoRA+ (arXiv 2402.12354) for any LibTorch optimiser: A at `rate`, B and

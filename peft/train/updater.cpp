@@ -5,8 +5,8 @@
 #include <budwood/peft/inject.h>
 #include <budwood/peft/optim/block_schedule.h>
 #include <budwood/peft/optim/fused_backward.h>
+#include <budwood/peft/optim/lora_fa.h>
 #include <budwood/peft/optim/mezo.h>
-#include <budwood/peft/train/lora_fa.h>
 #include <budwood/peft/train/updater.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
@@ -121,7 +121,8 @@ class RuleUpdater : public Updater {
 /// All gradients first, then all updates.
 class AfterBackward final : public RuleUpdater {
  public:
-  AfterBackward(NamedTensors parameters, const TrainOptions& o, std::optional<LoraFa> lora_fa)
+  AfterBackward(NamedTensors parameters, const TrainOptions& o,
+                std::optional<optim::LoraFa> lora_fa)
       : RuleUpdater(std::move(parameters), o), lora_fa_(std::move(lora_fa)) {}
 
   double step(StepLoss& loss, double rate) override {
@@ -155,7 +156,7 @@ class AfterBackward final : public RuleUpdater {
       if (p.grad().defined()) p.grad().clamp_(-clip_value_, clip_value_);
   }
 
-  std::optional<LoraFa> lora_fa_;
+  std::optional<optim::LoraFa> lora_fa_;
 };
 
 /// Each update as soon as its gradient is there.
@@ -241,7 +242,7 @@ class MezoUpdater final : public Updater {
 }  // namespace
 
 std::unique_ptr<Updater> make_updater(torch::nn::Module& model, const TrainOptions& options) {
-  std::optional<LoraFa> lora_fa;
+  std::optional<optim::LoraFa> lora_fa;
   if (options.optimizer == "lora_fa") lora_fa.emplace(model);
   auto parameters = unique_parameters(model);
   const bool mezo = options.optimizer == "mezo";

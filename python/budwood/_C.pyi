@@ -1,8 +1,10 @@
 """The part of the extension that the Python package calls."""
 
+from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
+import torch
 from typing_extensions import Self
 
 __version__: str
@@ -159,3 +161,89 @@ def combine(
     seed: int = 0,
     overwrite: bool = False,
 ) -> CombineReport: ...
+
+Named = list[tuple[str, torch.Tensor]]
+State = dict[str, torch.Tensor]
+
+class UpdateRule:
+    def __init__(self, name: str, **options: float | bool) -> None: ...
+    def fresh(self, p: torch.Tensor, path: str = "") -> State: ...
+    def update(
+        self, p: torch.Tensor, grad: torch.Tensor, state: State, rate: float, path: str = ""
+    ) -> State: ...
+
+def update_rules() -> list[str]: ...
+
+class Optimizer:
+    def __init__(self, parameters: Named, rule: str, **options: float | bool) -> None: ...
+    def step(self, rate: float) -> None: ...
+    def state(self) -> Named: ...
+    def restore(self, state: Named) -> None: ...
+
+class FusedBackward:
+    loss_scale: float
+    def __init__(
+        self,
+        parameters: Named,
+        rule: str,
+        *,
+        clip_norm: float = 0.0,
+        clip_value: float = 0.0,
+        **options: float | bool,
+    ) -> None: ...
+    def backward(self, loss: torch.Tensor, rate: float) -> tuple[float, bool, int]: ...
+    def state(self) -> Named: ...
+    def restore(self, state: Named) -> None: ...
+
+class MezoLog:
+    projected: list[float]
+    rates: list[float]
+    names: list[str]
+    eps: float
+    seed: int
+    @staticmethod
+    def load(path: str | PathLike[str]) -> MezoLog: ...
+    def save(self, path: str | PathLike[str]) -> None: ...
+
+class Mezo:
+    log: MezoLog
+    def __init__(self, parameters: Named, eps: float, weight_decay: float, seed: int) -> None: ...
+    def step(self, loss: Callable[[], float], rate: float) -> float: ...
+    def state(self) -> Named: ...
+    def restore(self, state: Named) -> None: ...
+
+def mezo_replay(parameters: Named, log: MezoLog) -> None: ...
+
+class BlockSchedule:
+    blocks: list[str]
+    never_trained: list[str]
+    def __init__(
+        self, parameters: Named, kind: str, active: int, every: int, order: str, seed: int
+    ) -> None: ...
+    def active(self, step: int) -> list[int]: ...
+    def apply(self, optimizer: Optimizer, step: int) -> None: ...
+    def thaw(self) -> None: ...
+
+class OriginalWeights:
+    def __init__(self, path: str | PathLike[str]) -> None: ...
+    def matrix(self, path: str) -> torch.Tensor: ...
+
+def residual_start(
+    w: torch.Tensor,
+    parts: list[torch.Tensor],
+    format: int,
+    shape: list[int],
+    rank: int,
+    scaling: float,
+    method: str = "loftq",
+    iterations: int = 1,
+    covariance: torch.Tensor | None = None,
+) -> dict[str, Any]: ...
+def start_from_original(
+    model: Any,
+    original: str | PathLike[str],
+    adapter: str = "default",
+    method: str = "loftq",
+    iterations: int = 1,
+    sequences: list[list[int]] = ...,
+) -> dict[str, Any]: ...

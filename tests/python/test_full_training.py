@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
             torch.manual_seed(3)
             if name == "gpt2":
                 config = transformers.GPT2Config(
-                    vocab_size=90, n_positions=32, n_embd=32, n_layer=2, n_head=4
+                    vocab_size=TINY["vocab_size"], n_positions=32, n_embd=32, n_layer=2, n_head=4
                 )
                 config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
             else:
@@ -147,11 +147,14 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(method, whole, tmp_path):
         assert torch.equal(p, wanted[name]), name
 
 
-def test_updates_during_the_backward_are_those_after_it(whole, tmp_path):
-    folder, _ = whole("qwen3")
+@pytest.mark.parametrize("checkpointing", [0, 1])
+@pytest.mark.parametrize("name", ["qwen3", "llama-tied-bias", "gpt2"])
+def test_updates_during_the_backward_are_those_after_it(name, checkpointing, whole, tmp_path):
+    folder, _ = whole(name)
     data = make_rows(tmp_path / "x", count=16)
-    one, _, first = run(folder, data, None, steps=6, max_grad_norm=0.5)
-    two, _, second = run(folder, data, None, steps=6, max_grad_norm=0.5, fused_backward=True)
+    options = {"steps": 6, "max_grad_norm": 0.5, "gradient_checkpointing": checkpointing}
+    one, _, first = run(folder, data, None, **options)
+    two, _, second = run(folder, data, None, **options, fused_backward=True)
     assert first["final_loss"] == pytest.approx(second["final_loss"], rel=1e-6)
     wanted = dict(one.named_parameters())
     for name, p in two.named_parameters():

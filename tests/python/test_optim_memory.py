@@ -6,6 +6,7 @@ import math
 import bitsandbytes
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import budwood
@@ -88,7 +89,9 @@ def test_lomo_clips_values_and_takes_no_closure():
     assert distance(ours, theirs) < 1e-7
     with pytest.raises(budwood.Error, match="backward"):
         lomo.step(lambda: 0)
-    ours(*batch(0)).backward()  # its hooks take the gradients
+    ours(*batch(0)).backward()  # not its own
+    with pytest.raises(budwood.Error, match="has a gradient already"):
+        lomo.backward(ours(*batch(0)))
     with pytest.raises(budwood.Error, match="one number"):
         lomo.backward(torch.zeros(2, requires_grad=True))
 
@@ -107,6 +110,46 @@ def test_one_gradient_is_alive_at_a_time():
     lomo.backward(model(*batch(0)))
     assert handles
     assert most == 0  # when a gradient arrives, those before it are gone
+
+
+class TwiceUsed(nn.Module):
+    """A weight inside and outside of a checkpointed part."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x, reentrant):
+        y = torch.utils.checkpoint.checkpoint(
+            lambda t: torch.tanh(t @ self.w), x, use_reentrant=reentrant
+        )
+        return (y @ self.w).square().sum()
+
+
+def test_a_gradient_in_two_pieces_is_refused_before_anything_changes():
+    model = TwiceUsed()
+    before = model.w.detach().clone()
+    x = torch.randn(3, 4, requires_grad=True)
+    lomo = Lomo(model, lr=0.1, clip_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match=r"came in two pieces.*nothing has changed"):
+        lomo.backward(model(x, True))
+    assert torch.equal(model.w, before)
+    model.w.grad = None
+    lomo.backward(model(x, False))
+    assert not torch.equal(model.w, before)
+
+
+@pytest.mark.parametrize("name", _C.update_rules())
+def test_gradients_in_any_layout_are_taken(name):
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(6, 4), torch.randn(6, 4)
+    found = []
+    for grad in (gradient.clone(), gradient.T.contiguous().T):
+        p = weight.clone()
+        rule = _C.UpdateRule(name, min_8bit_size=1, rank=2)
+        rule.update(p, grad, rule.fresh(p), 0.1)
+        found.append(p)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
 
 
 def test_adalomo_is_its_formula_in_float64():

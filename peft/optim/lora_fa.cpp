@@ -1,10 +1,10 @@
 #include <ATen/ATen.h>
 
 #include <budwood/peft/methods/lora.h>
-#include <budwood/peft/train/lora_fa.h>
+#include <budwood/peft/optim/lora_fa.h>
 #include <budwood/quant/error.h>
 
-namespace budwood::train {
+namespace budwood::optim {
 
 LoraFa::LoraFa(torch::nn::Module& model) {
   for (const auto& module : model.modules(/*include_self=*/false)) {
@@ -31,4 +31,4 @@ void LoraFa::correct_gradients() const {
     if (b.grad().defined()) b.mutable_grad() = b.grad().mm(inverse);
 }
 
-}  // namespace budwood::train
+}  // namespace budwood::optim

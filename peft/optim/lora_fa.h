@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-namespace budwood::train {
+namespace budwood::optim {
 
 /// LoRA-FA (arXiv 2308.03303): A stays at its random start and only B is trained. B's gradient G
 /// becomes G (A Aᵀ + 1e-8 I)⁻¹ / s², the step of B whose effect on the weight is nearest to that of
@@ -22,4 +22,4 @@ class LoraFa {
   std::vector<std::pair<at::Tensor, at::Tensor>> inverses_;  // B, (A Aᵀ + 1e-8 I)⁻¹ / s²
 };
 
-}  // namespace budwood::train
+}  // namespace budwood::optim
