@@ -101,7 +101,7 @@ def run_budwood(
         begin = time.perf_counter()
         _C.evaluate(model, sampler, 3)
         seconds = (time.perf_counter() - begin) / 3 / tokens
-        return {"seconds": seconds, "loss": held_out(model, files), "trained": 0, "activations": 0}
+        return {"seconds": seconds, "loss": held_out(model, files), "trained": 0}
     if "adapter" in more:
         _C.inject(model, _C.LoraConfig(**more["adapter"]))
     if "peqa" in more:
@@ -109,7 +109,6 @@ def run_budwood(
     if "start" in more:
         _C.start_from_original(model, files["base"], method=more["start"])
     trainer = _C.Trainer(model, train, None, options)
-    plan = trainer.memory_plan
     times: list[float] = []
     trainer.run(lambda metrics: times.append(metrics["seconds"]))
     trained = sum(p.numel() for _, p in _C.trainable_parameters(model))
@@ -118,7 +117,6 @@ def run_budwood(
         "seconds": each[len(each) // 2] / tokens,
         "loss": held_out(model, files),
         "trained": trained,
-        "activations": (plan["activations"] + plan["workspace"]) / 2**20,
     }
 
 
@@ -178,7 +176,6 @@ def run_torch(
         "seconds": each / options["batch_size"] / length,
         "loss": sum(losses) / len(losses),
         "trained": sum(p.numel() for p in model.parameters()),
-        "activations": 0,
     }
 
 
@@ -246,11 +243,7 @@ def main() -> None:
         print()
         for name in ("LOMO", "MeZO"):
             if name in found:
-                whole = base["peak"] + found[name]["activations"]
-                print(
-                    f"{name}: {found[name]['peak'] / whole:.2f} of inference and activations "
-                    f"({whole:.0f} MB)"
-                )
+                print(f"{name}: {found[name]['peak'] / base['peak']:.2f} of inference")
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
 

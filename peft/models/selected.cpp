@@ -2,14 +2,13 @@
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
-#include <budwood/peft/kernels/noise.h>
+#include <budwood/peft/kernels/draw.h>
 #include <budwood/peft/models/key_value_tape.h>
 #include <budwood/peft/models/selected.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <numeric>
 
 namespace budwood::models {
 namespace {
@@ -53,23 +52,6 @@ TokenBatch part_of(const TokenBatch& batch, const std::vector<int64_t>& rows,
   for (const int64_t end : batch.cu_seqlens)
     part.cu_seqlens.push_back(std::ranges::lower_bound(rows, end) - rows.begin());
   return part;
-}
-
-// The first `count` of [0, n) in random order.
-std::vector<int64_t> drawn(int64_t n, int64_t count, uint64_t seed, uint32_t step, uint32_t part,
-                           uint32_t sequence) {
-  std::vector<int64_t> order(static_cast<size_t>(n));
-  std::iota(order.begin(), order.end(), 0);
-  for (int64_t i = 0; i < count; ++i) {
-    const auto words =
-        kernels::philox({{static_cast<uint32_t>(i), sequence, part, step}},
-                        static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    const auto wide = uint64_t{words.word[0]} << 32 | words.word[1];
-    const auto other = i + static_cast<int64_t>(wide % static_cast<uint64_t>(n - i));
-    std::swap(order[static_cast<size_t>(i)], order[static_cast<size_t>(other)]);
-  }
-  order.resize(static_cast<size_t>(count));
-  return order;
 }
 
 }  // namespace
@@ -120,8 +102,9 @@ std::vector<int64_t> select_tokens(const TokenBatch& batch, const at::Tensor& la
       const auto n = static_cast<int64_t>(among->size());
       const int64_t take = std::clamp<int64_t>(wanted - static_cast<int64_t>(own.size()), 0, n);
       const auto stream = static_cast<uint32_t>(2 * s + (among == &others));
-      for (const int64_t i :
-           drawn(n, take, seed, static_cast<uint32_t>(step), static_cast<uint32_t>(part), stream))
+      const kernels::DrawKey key{seed, stream, static_cast<uint32_t>(part),
+                                 static_cast<uint32_t>(step)};
+      for (const int64_t i : kernels::draw(n, take, key))
         own.push_back((*among)[static_cast<size_t>(i)]);
     }
     std::ranges::sort(own);

@@ -1,12 +1,10 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <budwood/peft/kernels/noise.h>
+#include <budwood/peft/kernels/draw.h>
 #include <budwood/peft/optim/block_schedule.h>
 #include <budwood/quant/error.h>
 #include <algorithm>
-#include <numeric>
-#include <utility>
 
 namespace budwood::optim {
 namespace {
@@ -25,19 +23,11 @@ std::string block_path(const std::string& path) {
   return {};
 }
 
-// Blocks in random order: Fisher and Yates with words of (seed, round).
-std::vector<int64_t> shuffled(int64_t blocks, uint64_t seed, int64_t round) {
-  std::vector<int64_t> order(static_cast<size_t>(blocks));
-  std::iota(order.begin(), order.end(), 0);
-  for (int64_t i = blocks - 1; i > 0; --i) {
-    const auto words =
-        kernels::philox({{static_cast<uint32_t>(i), static_cast<uint32_t>(round),
-                          static_cast<uint32_t>(round >> 32), 0x6c697361u}},
-                        static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    const auto wide = uint64_t{words.word[0]} << 32 | words.word[1];
-    std::swap(order[static_cast<size_t>(i)], order[wide % static_cast<uint64_t>(i + 1)]);
-  }
-  return order;
+// The first `count` of all blocks in random order.
+std::vector<int64_t> shuffled(int64_t blocks, int64_t count, uint64_t seed, int64_t round) {
+  return kernels::draw(
+      blocks, count,
+      {seed, static_cast<uint32_t>(round), static_cast<uint32_t>(round >> 32), 0x6c697361u});
 }
 
 }  // namespace
@@ -80,15 +70,14 @@ std::vector<int64_t> BlockSchedule::active(int64_t step) const {
   const auto count = static_cast<int64_t>(blocks_.size());
   const int64_t period = step / options_.every;
   if (options_.kind == "lisa") {
-    auto chosen = shuffled(count, options_.seed, period);
-    chosen.resize(static_cast<size_t>(options_.active));
+    auto chosen = shuffled(count, options_.active, options_.seed, period);
     std::ranges::sort(chosen);
     return chosen;
   }
   const int64_t place = period % count;
   if (options_.order == "ascending") return {place};
   if (options_.order == "descending") return {count - 1 - place};
-  return {shuffled(count, options_.seed, period / count)[static_cast<size_t>(place)]};
+  return {shuffled(count, count, options_.seed, period / count)[static_cast<size_t>(place)]};
 }
 
 void BlockSchedule::apply(Optimizer& optimizer, int64_t step) const {

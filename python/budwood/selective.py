@@ -83,6 +83,7 @@ def selective_loss(
     if (rows[:, 1:] <= rows[:, :-1]).any() or rows.min() < 0 or rows.max() >= length:
         raise Error(f"{WHERE} chosen tokens are rising numbers below {length}")
 
+    _require_full_attention(model, length)
     cache = KeyValues()
     cache.length = length
     positions = torch.arange(length, device=input_ids.device)
@@ -129,6 +130,22 @@ def choose(
     if wanted > 1:
         score[:, -1] = 3.0
     return score.topk(wanted, dim=1).indices.sort(dim=1).values.to(shifted.device)
+
+
+def _require_full_attention(model: nn.Module, length: int) -> None:
+    """Refuses layers that do not see all tokens before their own: the mask here is one for all."""
+    config = getattr(model, "config", None)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"]
+    for kind in kinds:
+        near = kind == "sliding_attention" and window is not None and length <= window
+        if kind != "full_attention" and not near:
+            raise Error(
+                f"{WHERE} the model has layers of {kind!r} and rows of {length} tokens: layers "
+                "that see all tokens are wanted (Budwood's C++ models know windows)"
+            )
 
 
 def _causal(mine: torch.Tensor, theirs: torch.Tensor, model: nn.Module) -> torch.Tensor:

@@ -248,6 +248,9 @@ def test_torch_models_choose_and_refuse(whole):
             budwood.selective_loss(model, IDS, amount=amount)
     with pytest.raises(budwood.Error, match="rising numbers below 10"):
         budwood.selective_loss(model, IDS, rows=torch.tensor([[3, 2], [0, 1]]))
+    _, windowed = whole("mistral-window")
+    with pytest.raises(budwood.Error, match="layers of 'sliding_attention' and rows of 10"):
+        budwood.selective_loss(windowed, IDS, amount=4)
     labels = torch.full_like(IDS, -100)
     with pytest.raises(budwood.Error, match="no chosen token counts"):
         budwood.selective_loss(model, IDS, labels, amount=4)
