@@ -1,18 +1,28 @@
 #include <ATen/ATen.h>
 
 #include <budwood/peft/optim/adamw.h>
+#include <budwood/peft/svd.h>
 #include <algorithm>
 #include <cmath>
 
 namespace budwood::optim {
 namespace {
 
-// The r leading left singular vectors of g [m, n] as rows, m <= n, from the eigenvectors of g gᵀ in
-// fp64; the largest entry of each is positive, so that they are the same on every run.
-at::Tensor leading_vectors(const at::Tensor& g, int64_t rank) {
+// Up to so many rows the directions are exact; above, subspace iteration finds them in a fraction
+// of the time.
+constexpr int64_t kExactSide = 1024;
+
+at::Tensor left_vectors(const at::Tensor& g, int64_t rank) {
+  if (g.size(0) > kExactSide) return leading_triplets(g, rank, /*iterations=*/3).u.to(at::kDouble);
   const auto wide = g.to(at::kDouble);
   const auto [values, vectors] = at::linalg_eigh(wide.mm(wide.t()));
-  auto leading = vectors.narrow(1, vectors.size(1) - rank, rank).flip(1).t().contiguous();
+  return vectors.narrow(1, vectors.size(1) - rank, rank).flip(1);
+}
+
+// The r leading left singular vectors of g [m, n] as rows, m <= n; the largest entry of each is
+// positive, so that they are the same on every run.
+at::Tensor leading_vectors(const at::Tensor& g, int64_t rank) {
+  auto leading = left_vectors(g, rank).t().contiguous();
   const auto places = leading.abs().argmax(1, /*keepdim=*/true);
   leading.mul_(leading.gather(1, places).sign());
   return leading.to(at::kFloat);

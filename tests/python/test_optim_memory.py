@@ -236,6 +236,19 @@ def test_galore_of_full_rank_projects_nothing_away():
     torch.testing.assert_close(projection.T @ (projection @ grad), grad, atol=1e-5, rtol=1e-5)
 
 
+def test_galore_finds_the_directions_of_large_gradients():
+    torch.manual_seed(0)
+    grad = torch.randn(1100, 16) @ torch.randn(16, 1200) + 0.01 * torch.randn(1100, 1200)
+    rule = _C.UpdateRule("galore", rank=16)
+    p = torch.zeros(1100, 1200)
+    projection = rule.update(p, grad.clone(), rule.fresh(p), 0.1)["projection"]
+    wanted = torch.linalg.svd(grad, full_matrices=False)[0][:, :16].T
+    # The same subspace: each direction of the one lies in the other.
+    torch.testing.assert_close(
+        (wanted @ projection.T).norm(dim=1), torch.ones(16), atol=1e-4, rtol=0
+    )
+
+
 def test_eight_bit_moments_use_the_published_map_and_follow_adamw():
     torch.manual_seed(0)
     p, reference = torch.randn(80, 100), None
