@@ -96,7 +96,9 @@ RotaryTable::Angles RotaryTable::at(const at::Tensor& positions) const {
 // is chosen so that low is 1.
 std::optional<RopeConfig> llama3_of(const RopeConfig& rope, int64_t head_dim) {
   const auto& divisors = rope.frequency_divisors;
-  if (rope.type != "default" || static_cast<int64_t>(divisors.size()) != head_dim / 2) return {};
+  if (rope.type != "default" || divisors.empty() ||
+      static_cast<int64_t>(divisors.size()) != head_dim / 2)
+    return {};
   const double factor = *std::ranges::max_element(divisors);
   if (!(factor > 1)) return {};
   double n = 0, sum_x = 0, sum_y = 0, sum_xx = 0, sum_xy = 0;

@@ -80,17 +80,22 @@ std::vector<int64_t> BlockSchedule::active(int64_t step) const {
   return {shuffled(count, count, options_.seed, period / count)[static_cast<size_t>(place)]};
 }
 
-void BlockSchedule::apply(Optimizer& optimizer, int64_t step) const {
+std::vector<bool> BlockSchedule::trained(int64_t step) const {
   const auto now = active(step);
+  std::vector<bool> all;
+  for (const int64_t block : block_of_)
+    all.push_back(block < 0 ? options_.kind == "lisa" : std::ranges::binary_search(now, block));
+  return all;
+}
+
+void BlockSchedule::apply(Optimizer& optimizer, int64_t step) const {
+  const auto now = trained(step);
   const bool begins = step % options_.every == 0;
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    const auto block = block_of_[i];
-    const bool trained =
-        block < 0 ? options_.kind == "lisa" : std::ranges::binary_search(now, block);
     auto p = parameters_[i].second;
-    p.set_requires_grad(trained);
-    if (!trained) p.mutable_grad() = at::Tensor();
-    if (block >= 0 && (begins || !trained)) optimizer.forget(i);
+    p.set_requires_grad(now[i]);
+    if (!now[i]) p.mutable_grad() = at::Tensor();
+    if (block_of_[i] >= 0 && (begins || !now[i])) optimizer.forget(i);
   }
 }
 

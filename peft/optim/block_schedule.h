@@ -33,6 +33,8 @@ class BlockSchedule {
 
   /// Blocks that are trained at a step, counted from 0, in rising order.
   std::vector<int64_t> active(int64_t step) const;
+  /// Of each parameter, whether it is trained at a step.
+  std::vector<bool> trained(int64_t step) const;
   /// Freezes and thaws parameters for a step, and lets the optimizer forget what it remembers of
   /// those that are frozen now. Call it before the forward of every step.
   void apply(Optimizer& optimizer, int64_t step) const;

@@ -43,7 +43,7 @@ struct FusedBackward::Hooks {
 };
 
 FusedBackward::FusedBackward(Optimizer& optimizer, FusedOptions options)
-    : optimizer_(optimizer), options_(options), hooks_(std::make_shared<Hooks>()) {
+    : optimizer_(optimizer), options_(options), hooks_(std::make_unique<Hooks>()) {
   if (!(options_.clip_norm >= 0) || !(options_.clip_value >= 0))
     throw Error("FusedBackward", fmt::format("clip_norm and clip_value are at least 0, found {} "
                                              "and {}",
@@ -89,12 +89,14 @@ void FusedBackward::receive(size_t index, const at::Tensor& p) {
   ++updated_;
 }
 
-void FusedBackward::run(const at::Tensor& loss, bool keep_graph) {
+// One pass over the graph, which only a pass that measures keeps for the next.
+void FusedBackward::run(const at::Tensor& loss, bool measuring) {
   updated_ = 0;
   received_.assign(optimizer_.parameters().size(), false);
+  measuring_ = measuring;
   running_ = true;
   try {
-    loss.backward({}, keep_graph);
+    loss.backward({}, /*keep_graph=*/measuring);
   } catch (...) {
     running_ = false;
     throw;
@@ -118,14 +120,7 @@ FusedBackward::Result FusedBackward::backward(const at::Tensor& loss, double rat
   const bool two_passes = options_.clip_norm > 0 || half_;
   if (two_passes) {
     sum_ = 0;
-    measuring_ = true;
-    try {
-      run(scaled, /*keep_graph=*/true);
-    } catch (...) {
-      measuring_ = false;
-      throw;
-    }
-    measuring_ = false;
+    run(scaled, /*measuring=*/true);
     result.norm = std::sqrt(sum_) / scale_;
     if (!std::isfinite(result.norm)) {
       if (!half_ || scale_ <= 1.0)
@@ -139,7 +134,7 @@ FusedBackward::Result FusedBackward::backward(const at::Tensor& loss, double rat
     }
     if (options_.clip_norm > 0) factor_ *= std::min(1.0, options_.clip_norm / (result.norm + 1e-6));
   }
-  run(scaled, /*keep_graph=*/false);
+  run(scaled, /*measuring=*/false);
   result.updated = updated_;
   if (half_ && ++good_steps_ % kGoodSteps == 0) scale_ *= 2;
   return result;

@@ -48,11 +48,11 @@ class FusedBackward {
  private:
   struct Hooks;
   void receive(size_t index, const at::Tensor& grad);
-  void run(const at::Tensor& loss, bool keep_graph);
+  void run(const at::Tensor& loss, bool measuring);
 
   Optimizer& optimizer_;
   FusedOptions options_;
-  std::shared_ptr<Hooks> hooks_;
+  std::unique_ptr<Hooks> hooks_;
   bool half_ = false, measuring_ = false, running_ = false;
   double scale_ = 1.0, factor_ = 1.0, rate_ = 0.0, sum_ = 0.0;
   int64_t good_steps_ = 0, updated_ = 0;

@@ -96,17 +96,10 @@ class RuleUpdater : public Updater {
   // The part of the parameters that is trained at a time, by bytes.
   double trained_part() const {
     if (!schedule_) return 1.0;
-    const auto active = schedule_->active(0);
+    const auto in = schedule_->trained(0);
     int64_t trained = 0;
-    for (const auto& [path, p] : parameters()) {
-      const bool in = std::ranges::any_of(active, [&](int64_t block) {
-        return path.starts_with(schedule_->blocks()[static_cast<size_t>(block)] + ".");
-      });
-      const bool outside = std::ranges::none_of(
-          schedule_->blocks(), [&](const auto& block) { return path.starts_with(block + "."); });
-      if (in || (outside && schedule_->never_trained().empty()))
-        trained += static_cast<int64_t>(p.nbytes());
-    }
+    for (size_t i = 0; i < in.size(); ++i)
+      if (in[i]) trained += static_cast<int64_t>(parameters()[i].second.nbytes());
     return static_cast<double>(trained) / static_cast<double>(bytes_of(parameters()));
   }
 

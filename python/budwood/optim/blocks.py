@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import _C
-from .named import Parameters, named_parameters
+from .named import Parameters, loss_of, named_parameters
 
 
 class BlockOptimizer(torch.optim.Optimizer):
@@ -53,10 +53,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._impl.step(float(self.param_groups[0]["lr"]))
         self._steps += 1
         self._schedule.apply(self._impl, self._steps)

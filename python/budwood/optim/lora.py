@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import Error
 from ..switches import linear_slots
+from .named import loss_of
 
 
 def lora_plus_groups(
@@ -74,10 +75,7 @@ class LoraFA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for b, inverse in self._inverses.items():
             if b.grad is not None:
                 b.grad = b.grad @ inverse.to(b.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,3 +27,11 @@ def named_parameters(given: Parameters, who: str) -> list[tuple[str, torch.Tenso
     if not named:
         raise Error(f"[{who}] no parameter requires grad")
     return named
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What a step's closure returns, with gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

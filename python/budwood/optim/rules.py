@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import _C
 from ..errors import Error
+from .named import loss_of
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -20,10 +21,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             rule = self.rule(group)
             for p in group["params"]:
