@@ -1,6 +1,6 @@
 // The C++ contender of step.py: training steps on random tokens, no Python.
-//   benchmark_step MODEL CONFIG nf4|dense DTYPE BATCH LENGTH STEPS THREADS CHECKPOINT
-// CONFIG is the text of an adapter_config.json.
+//   benchmark_step MODEL CONFIG nf4|dense DTYPE BATCH LENGTH STEPS THREADS CHECKPOINT ACTIVATIONS
+// CONFIG is the text of an adapter_config.json, ACTIVATIONS the dtype they are kept in.
 // Prints {"seconds": of the steps after the first, "loss": of the first, "peak_mb": at the end}.
 #include <ATen/Parallel.h>
 #include <torch/torch.h>
@@ -8,6 +8,7 @@
 #include <budwood/peft/config.h>
 #include <budwood/peft/inject.h>
 #include <budwood/peft/models/registry.h>
+#include <budwood/peft/ops/kept.h>
 #include <budwood/peft/optim/optimizer.h>
 #include <budwood/quant/memory_pool.h>
 #include <chrono>
@@ -32,9 +33,9 @@ double peak_mb() {
 
 int main(int argc, char** argv) try {
   const std::vector<std::string> given(argv + 1, argv + argc);
-  if (given.size() != 9) {
+  if (given.size() != 10) {
     std::cerr << "usage: benchmark_step MODEL CONFIG nf4|dense DTYPE BATCH LENGTH STEPS THREADS "
-                 "CHECKPOINT\n";
+                 "CHECKPOINT ACTIVATIONS\n";
     return 2;
   }
   const bool nf4 = given[2] == "nf4";
@@ -47,6 +48,7 @@ int main(int argc, char** argv) try {
   budwood::inject(*model, budwood::parse_adapter_config(given[1], budwood::Strictness::lenient));
   model->train();
   model->set_checkpointing(std::stoll(given[8]));
+  const budwood::ops::ScopedKeptType kept(given[9] == "bfloat16" ? at::kBFloat16 : at::kFloat);
 
   auto generator = at::make_generator<at::CPUGeneratorImpl>(0);
   const auto ids = at::randint(0, model->config().vocab_size, {rows, length}, generator,

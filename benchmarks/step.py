@@ -8,9 +8,10 @@ work of the products with the base over what the cores' fp32 multiply-adds could
 Contenders: peft, an HF model with HF PEFT; peft-optimize, the same after budwood.optimize(model);
 budwood-python, an HF model with Budwood's adapters; budwood-optimize, the same after
 budwood.optimize; budwood-cpp, Budwood's own model in a C++ program (step.cpp);
-budwood-cpp-checkpointed, that with gradient checkpointing in every block. With --checkpoint the
-others checkpoint every block, too. All with optimize or cpp in their names run inside
-budwood.memory_pool(), and weights decay by 0.01 everywhere.
+budwood-cpp-checkpointed, that with gradient checkpointing in every block;
+budwood-cpp-bf16-activations, that with activations kept in bf16 (the same loss, rounded gradients).
+With --checkpoint the others checkpoint every block, too. All with optimize or cpp in their names
+run inside budwood.memory_pool(), and weights decay by 0.01 everywhere.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ CONTENDERS = (
     "budwood-optimize",
     "budwood-cpp",
     "budwood-cpp-checkpointed",
+    "budwood-cpp-bf16-activations",
 )
 # What makes HF PEFT itself fastest: large pages, and freed memory that is kept.
 ALLOCATORS = {
@@ -126,7 +128,8 @@ def cpp_command(args, contender: str) -> list[str]:
     config = json.dumps(adapter_config(args, budwood).to_dict(), default=sorted)
     checkpointed = int(args.checkpoint or contender.endswith("checkpointed"))
     numbers = (args.batch, args.length, args.steps, args.threads, checkpointed)
-    return [str(program), args.model, config, args.base, args.compute, *map(str, numbers)]
+    kept = "bfloat16" if contender.endswith("bf16-activations") else "float32"
+    return [str(program), args.model, config, args.base, args.compute, *map(str, numbers), kept]
 
 
 def run_one(args) -> None:

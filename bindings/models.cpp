@@ -178,9 +178,9 @@ void bind_models(py::module_& m) {
       py::call_guard<py::gil_scoped_release>(),
       "A model from a Hugging Face folder or a GGUF file.\n\n"
       "dtype: 'auto' (what the file holds; float32 for a GGUF), 'float32', 'bfloat16', 'float16'.\n"
-      "weights: 'packed' uses a GGUF's blocks as they lie in the file, 'dense' decodes them, "
-      "'auto'\n"
-      "is packed without quantize.\n"
+      "weights: 'packed' uses a GGUF's blocks, or a folder's 16-bit matrices in a float32 model, "
+      "as\n"
+      "they lie in the file; 'dense' decodes them; 'auto' is packed for a GGUF without quantize.\n"
       "quantize: 'nf4', 'fp4', 'int8', 'int4' or 'affine8' packs each matrix while loading, "
       "except\n"
       "those whose names contain one of quantize_skip; block_size elements share a scale.\n"

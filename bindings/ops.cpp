@@ -2,6 +2,7 @@
 // Not sorted: torch's pybind11 comes first.
 #include <pybind11/stl.h>
 
+#include <budwood/peft/ops/kept.h>
 #include <budwood/peft/ops/projections.h>
 #include <budwood/quant/error.h>
 
@@ -48,6 +49,8 @@ std::vector<at::Tensor> project(const std::string& reading, std::vector<at::Tens
 }  // namespace
 
 void bind_ops(py::module_& m) {
+  m.def("kept_in_bfloat16", [] { return ops::kept_type(at::kFloat) == at::kBFloat16; });
+  m.def("keep_in_bfloat16", [](bool on) { ops::set_kept_type(on ? at::kBFloat16 : at::kFloat); });
   m.def("project", &project, py::arg("reading"), py::arg("inputs"), py::arg("eps"),
         py::arg("projections"), py::call_guard<py::gil_scoped_release>(),
         "Several projections of one input: [(parts, format, [out, in], bias, A, B, scaling)].\n\n"

@@ -4,6 +4,7 @@
 #include <budwood/peft/kernels/fold.h>
 #include <budwood/peft/linear_adapter.h>
 #include <budwood/peft/ops/affine_linear.h>
+#include <budwood/peft/ops/dora_linear.h>
 #include <budwood/peft/ops/lora_linear.h>
 #include <budwood/quant/ops.h>
 #include <algorithm>
@@ -25,8 +26,18 @@ at::Tensor low_rank(const LinearTerm& term, const at::Tensor& x) {
   return term.scaling == 1.0 ? added : added * term.scaling;
 }
 
-bool fits_the_operator(const LinearTerm& term) {
-  return term.a.defined() && term.dropout == 0 && !term.inner_bias.defined();
+// lora_linear or dora_linear does all of it.
+bool fits_an_operator(const LinearTerm& term) {
+  const bool low_rank = term.a.defined() && term.dropout == 0 && !term.inner_bias.defined();
+  return low_rank && (!term.gain.defined() ||
+                      (term.gain_spares_bias && term.gain.scalar_type() == term.a.scalar_type()));
+}
+
+at::Tensor apply_operator(const LinearBase& base, const LinearTerm& term, const at::Tensor& x) {
+  const auto bias = if_defined(base.bias);
+  if (!term.gain.defined())
+    return ops::lora_linear(x, base.weight, bias, term.a, term.b, term.scaling);
+  return ops::dora_linear(x, base.weight, bias, term.a, term.b, term.gain, term.scaling);
 }
 
 bool is_frozen(const quant::Weight& weight) {
@@ -49,28 +60,28 @@ at::Tensor apply_terms(const LinearBase& base, const std::vector<LinearTerm>& te
   for (const auto& term : terms)
     if (term.input_gain.defined()) read = read * term.input_gain.to(x.scalar_type());
 
+  const bool first_done = !terms.empty() && fits_an_operator(terms[0]) && read.is_same(x) &&
+                          is_frozen(base.weight) && !terms[0].scales.defined();
   // The bias is added at the end when the first gain spares it: nothing is then subtracted.
-  const bool late_bias = !terms.empty() && terms[0].gain.defined() && terms[0].gain_spares_bias;
+  const bool late_bias =
+      !first_done && !terms.empty() && terms[0].gain.defined() && terms[0].gain_spares_bias;
   const auto bias = late_bias ? std::nullopt : if_defined(base.bias);
   at::Tensor y;
-  bool first_done = false;
   const auto rescaled = std::find_if(terms.begin(), terms.end(),
                                      [](const auto& term) { return term.scales.defined(); });
   if (rescaled != terms.end()) {
     y = ops::affine_linear(read, base.weight, bias, rescaled->scales, rescaled->zeros);
-  } else if (!terms.empty() && fits_the_operator(terms[0]) && read.is_same(x) &&
-             is_frozen(base.weight)) {
-    y = ops::lora_linear(x, base.weight, bias, terms[0].a, terms[0].b, terms[0].scaling);
-    first_done = true;
+  } else if (first_done) {
+    y = apply_operator(base, terms[0], x);
   } else {
     y = quant::linear(read, base.weight, bias);
   }
   const auto dtype = y.scalar_type();
-  for (size_t i = 0; i < terms.size(); ++i) {
+  for (size_t i = first_done; i < terms.size(); ++i) {
     const auto& term = terms[i];
     const bool spares = term.gain.defined() && term.gain_spares_bias && base.bias.defined();
     if (spares && !(i == 0 && late_bias)) y = y - base.bias;
-    if (term.a.defined() && !(i == 0 && first_done)) y = y + low_rank(term, x);
+    if (term.a.defined()) y = y + low_rank(term, x);
     if (!term.a.defined() && term.inner_bias.defined()) y = y + term.inner_bias * term.scaling;
     if (term.gain.defined()) y = y * term.gain;
     if (spares) y = y + base.bias;

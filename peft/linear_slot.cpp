@@ -72,7 +72,9 @@ std::optional<ops::Projection> LinearSlotImpl::projection(
   projection.a = term.a;
   projection.b = term.b;
   projection.scaling = term.scaling;
-  if (term.gain.defined() && term.gain_spares_bias) projection.bias = at::Tensor();
+  projection.gain = term.gain;
+  if (term.gain.defined() && !term.gain_spares_bias && base_.bias.defined())
+    projection.bias = term.gain * base_.bias;
   return projection;
 }
 
@@ -93,18 +95,7 @@ std::vector<at::Tensor> forward_together(const ops::Source& source,
     if (!projection) break;
     projections.push_back(std::move(*projection));
   }
-  if (projections.size() == slots.size()) {
-    auto results = ops::project(source, projections);
-    for (size_t i = 0; i < slots.size(); ++i) {
-      if (terms[i].empty() || !terms[i][0].gain.defined()) continue;
-      const auto dtype = results[i].scalar_type();
-      results[i] = results[i] * terms[i][0].gain;
-      if (terms[i][0].gain_spares_bias && slots[i]->bias().defined())
-        results[i] = results[i] + slots[i]->bias();
-      results[i] = results[i].to(dtype);
-    }
-    return results;
-  }
+  if (projections.size() == slots.size()) return ops::project(source, projections);
   std::vector<at::Tensor> results;
   const auto x = source.value();
   for (const auto& slot : slots) results.push_back(slot.ptr()->forward(x));

@@ -9,7 +9,6 @@
 #include <budwood/quant/error.h>
 #include <budwood/quant/memory_pool.h>
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
 namespace budwood {
@@ -52,15 +51,6 @@ at::Tensor values_of(const quant::Weight& q) {
 void set_factors(ResidualStart& start, const Factors& factors, double scaling) {
   start.a = factors.a.to(at::kFloat).contiguous();
   start.b = (factors.b / scaling).to(at::kFloat).contiguous();
-}
-
-// Matrices in fp64 that come and go leave holes in the heap, in the end more than the model takes.
-void trim_sometimes(const at::Tensor& wide) {
-  constexpr int64_t kTrimAfter = int64_t{32} << 20;
-  static std::atomic<int64_t> untrimmed{0};
-  if ((untrimmed += static_cast<int64_t>(wide.nbytes())) < kTrimAfter) return;
-  untrimmed = 0;
-  quant::trim_heap();
 }
 
 ResidualStart loftq(const at::Tensor& w, const quant::Weight& q, int64_t rank, double scaling,
@@ -144,7 +134,9 @@ ResidualStart residual_start(const at::Tensor& w, const quant::Weight& q, int64_
   const auto wide = w.to(at::kDouble);
   if (!wide.isfinite().all().item<bool>())
     throw Error(kWhere, "the original holds values that are not finite");
-  trim_sometimes(wide);
+  // Matrices in fp64 that come and go leave holes in the heap, in the end more than the model
+  // takes.
+  quant::trim_heap_after(static_cast<int64_t>(wide.nbytes()));
   if (options.method == "loftq") return loftq(wide, q, rank, scaling, options.iterations);
   if (options.method == "qpissa") return qpissa(wide, q, rank, scaling);
   if (!covariance.defined() || covariance.sizes() != at::IntArrayRef({q.in, q.in}))

@@ -36,7 +36,8 @@ class Affine final : public PackedForm {
   at::Tensor backward_input_plus(const Weight& w, const at::Tensor& grad,
                                  const Terms& terms) const override {
     if (!ordered(w)) return PackedForm::backward_input_plus(w, grad, terms);
-    return plus(in_order(w, PackedForm::backward_input_plus(as_stored(w), grad, {})), terms);
+    const Terms gain{.gain = terms.gain};
+    return plus(in_order(w, PackedForm::backward_input_plus(as_stored(w), grad, gain)), terms);
   }
 
   at::Tensor rows(const Weight& w, int64_t begin, int64_t end,

@@ -121,12 +121,14 @@ class DenseTransposed final : public WeightForm {
     return is_plain(w, grad) ? at::linear(grad, w.parts[0]) : times_transposed(grad, w.parts[0]);
   }
   at::Tensor linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const override {
-    if (const auto m = matrix_for(w, x, terms)) return panel_backward_input(*m, x, terms);
+    if (const auto m = matrix_for(w, x, terms))
+      return panel_backward_input(*m, x, terms, Along::cols);
     return WeightForm::linear_plus(w, x, terms);
   }
   at::Tensor backward_input_plus(const Weight& w, const at::Tensor& grad,
                                  const Terms& terms) const override {
-    if (const auto m = matrix_for(w, grad, terms)) return panel_linear(*m, grad, terms);
+    if (const auto m = matrix_for(w, grad, terms))
+      return panel_linear(*m, grad, terms, Along::cols);
     return WeightForm::backward_input_plus(w, grad, terms);
   }
   at::Tensor backward_weight(const Weight& w, const at::Tensor& grad,

@@ -7,6 +7,7 @@
 
 #include <budwood/quant/memory_pool.h>
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <list>
 #include <map>
@@ -160,6 +161,14 @@ void trim_heap() {
 #ifdef __GLIBC__
   malloc_trim(0);
 #endif
+}
+
+void trim_heap_after(int64_t freed_bytes) {
+  constexpr int64_t kEnough = int64_t{32} << 20;
+  static std::atomic<int64_t> freed{0};
+  if ((freed += freed_bytes) < kEnough) return;
+  freed = 0;
+  trim_heap();
 }
 
 MemoryPoolStatistics memory_pool_statistics() {

@@ -22,6 +22,8 @@ class MemoryPool {
 /// Gives free memory of the heap back to the system, where the C library can: after work that
 /// allocated and freed large pieces between small ones that stay.
 void trim_heap();
+/// The same once 32 MB were freed in such pieces, by all callers together.
+void trim_heap_after(int64_t freed_bytes);
 
 struct MemoryPoolStatistics {
   int64_t used = 0;  ///< bytes of blocks in use

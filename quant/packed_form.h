@@ -21,12 +21,13 @@ class PackedForm : public WeightForm {
   }
   at::Tensor linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const override {
     const auto* device = elsewhere(w);
-    return device ? plus(device->linear(w, x), terms) : panel_linear(*open(w), x, terms);
+    return device ? plus(times_gain(device->linear(w, x), terms), terms)
+                  : panel_linear(*open(w), x, terms);
   }
   at::Tensor backward_input_plus(const Weight& w, const at::Tensor& grad,
                                  const Terms& terms) const override {
     const auto* device = elsewhere(w);
-    return device ? plus(device->backward_input(w, grad), terms)
+    return device ? plus(device->backward_input(w, times_gain(grad, terms)), terms)
                   : panel_backward_input(*open(w), grad, terms);
   }
   at::Tensor rows(const Weight& w, int64_t begin, int64_t end,

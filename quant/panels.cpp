@@ -115,6 +115,15 @@ at::Tensor run(Multiply multiply, const kernels::Matrix& w, const at::Tensor& x,
   return y;
 }
 
+// Calls product(w, terms) with the gain as a part of the matrix.
+template <class Product>
+at::Tensor with_gain(const kernels::Matrix& w, const Terms& terms, Along along,
+                     const Product& product) {
+  if (!terms.gain.defined()) return product(w);
+  const auto gain = terms.gain.detach().to(at::kFloat).contiguous();
+  return product(kernels::ScaledMatrix(w, gain.const_data_ptr<float>(), along));
+}
+
 at::Tensor with_last(const at::Tensor& flat, const at::Tensor& like, int64_t last) {
   auto shape = like.sizes().vec();
   shape.back() = last;
@@ -134,12 +143,15 @@ kernels::DenseMatrix plain_matrix(const at::Tensor& m) {
   return {m.const_data_ptr(), float_type(m.scalar_type()), m.size(0), m.size(1), m.stride(0)};
 }
 
-at::Tensor panel_linear(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms) {
+at::Tensor panel_linear(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms,
+                        Along gain) {
   require_cpu("linear", x);
   const auto flat = x.detach().reshape({-1, w.cols()});
   at::Tensor y;
   if (has_gemm(x, terms)) {
-    y = run(kernels::multiply_transposed, w, flat, w.rows(), x.scalar_type(), terms);
+    y = with_gain(w, terms, gain, [&](const kernels::Matrix& scaled) {
+      return run(kernels::multiply_transposed, scaled, flat, w.rows(), x.scalar_type(), terms);
+    });
   } else {
     const auto wide = flat.to(at::kDouble);
     y = at::empty({flat.size(0), w.rows()}, wide.options());
@@ -147,19 +159,23 @@ at::Tensor panel_linear(const kernels::Matrix& w, const at::Tensor& x, const Ter
       auto columns = y.narrow(1, begin, panel.size(0));
       at::mm_out(columns, wide, panel.t());
     });
+    y = times_gain(y, terms);
     add_terms(y, terms);
   }
   return with_last(y.to(x.scalar_type()), x, w.rows());
 }
 
-at::Tensor panel_backward_input(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms) {
+at::Tensor panel_backward_input(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms,
+                                Along gain) {
   require_cpu("linear_backward_input", x);
   const auto flat = x.detach().reshape({-1, w.rows()});
   at::Tensor y;
   if (has_gemm(x, terms)) {
-    y = run(kernels::multiply, w, flat, w.cols(), x.scalar_type(), terms);
+    y = with_gain(w, terms, gain, [&](const kernels::Matrix& scaled) {
+      return run(kernels::multiply, scaled, flat, w.cols(), x.scalar_type(), terms);
+    });
   } else {
-    const auto wide = flat.to(at::kDouble);
+    const auto wide = times_gain(flat.to(at::kDouble), terms);
     y = at::zeros({flat.size(0), w.cols()}, wide.options());
     for_panels(w, [&](int64_t begin, const at::Tensor& panel) {
       y.addmm_(wide.narrow(1, begin, panel.size(0)), panel);

@@ -16,13 +16,17 @@ bool has_gemm(const at::Tensor& x, const Terms& terms);
 /// A plain matrix of fp32, bf16 or fp16 with contiguous rows; valid while m lives.
 kernels::DenseMatrix plain_matrix(const at::Tensor& m);
 
-/// x Wᵀ + terms: [..., cols] -> [..., rows] in the dtype of x. float64 goes panel by panel through
-/// ATen.
-at::Tensor panel_linear(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms = {});
+/// What a gain multiplies: rows of the stored matrix, or its columns where that is Wᵀ.
+using Along = kernels::ScaledMatrix::Along;
+
+/// x Wᵀ + terms: [..., cols] -> [..., rows] in the dtype of x. float64, whose gain is along rows,
+/// goes panel by panel through ATen.
+at::Tensor panel_linear(const kernels::Matrix& w, const at::Tensor& x, const Terms& terms = {},
+                        Along gain = Along::rows);
 
 /// x W + terms: [..., rows] -> [..., cols] in the dtype of x; sums are fp32 or wider.
 at::Tensor panel_backward_input(const kernels::Matrix& w, const at::Tensor& x,
-                                const Terms& terms = {});
+                                const Terms& terms = {}, Along gain = Along::rows);
 
 /// x Mᵀ (x M) in fp32, for plain matrices in fp32, bf16 or fp16, with fp32 arithmetic.
 at::Tensor times_plain_transposed(const at::Tensor& x, const at::Tensor& m);

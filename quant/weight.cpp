@@ -105,13 +105,17 @@ at::Tensor plus(at::Tensor y, const Terms& terms) {
   return y;
 }
 
+at::Tensor times_gain(at::Tensor t, const Terms& terms) {
+  return terms.gain.defined() ? t * terms.gain.to(t.scalar_type()) : t;
+}
+
 at::Tensor WeightForm::linear_plus(const Weight& w, const at::Tensor& x, const Terms& terms) const {
-  return plus(linear(w, x), terms);
+  return plus(times_gain(linear(w, x), terms), terms);
 }
 
 at::Tensor WeightForm::backward_input_plus(const Weight& w, const at::Tensor& grad,
                                            const Terms& terms) const {
-  return plus(backward_input(w, grad), terms);
+  return plus(backward_input(w, times_gain(grad, terms)), terms);
 }
 
 at::Tensor WeightForm::backward_weight(const Weight&, const at::Tensor&, const at::Tensor&) const {

@@ -49,10 +49,11 @@ enum class Format : int64_t {
   gguf_q6_k = 30,
 };
 
-/// What is added to a product in the same pass: bias [columns] to every row; scale * left * right
-/// with left [rows, r] and right [r, columns]; and `onto`, of the result's size and dtype, whose
-/// memory the result may take.
+/// What is done to a product in the same pass. `gain` [out] multiplies W's rows before anything is
+/// added. Added are bias [columns] to every row; scale * left * right with left [rows, r] and right
+/// [r, columns]; and `onto`, of the result's size and dtype, whose memory the result may take.
 struct Terms {
+  at::Tensor gain = {};
   std::optional<at::Tensor> bias = {};
   at::Tensor left = {}, right = {};
   double scale = 1.0;
@@ -63,6 +64,8 @@ struct Terms {
 void add_terms(at::Tensor& y, const Terms& terms);
 /// y [..., columns] with the terms added to it.
 at::Tensor plus(at::Tensor y, const Terms& terms);
+/// t [..., out] times the gain, where there is one: the result of x Wᵀ, or what W is multiplied by.
+at::Tensor times_gain(at::Tensor t, const Terms& terms);
 
 /// One frozen matrix, flat, as it travels through operators. Cheap to copy: tensors are shared.
 struct Weight {

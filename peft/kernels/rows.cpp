@@ -166,6 +166,17 @@ void layer_norm_backward(const FloatRows& grad, const FloatRows& x, int64_t m, i
   });
 }
 
+void sum_products(const FloatRows& a, const FloatRows& b, int64_t m, int64_t n, float* sums,
+                  const Threads& threads) {
+  const RowsPath& loops = path();
+  RowSums all(sums, m, n);
+  for_rows<3>(m, n, 1, threads, [&](int64_t row, const std::array<float*, 3>& buffers) {
+    loops.times(row_of(a, row, n, buffers[0]), row_of(b, row, n, buffers[1]), nullptr, n,
+                buffers[2]);
+    loops.add(buffers[2], n, all.of_row(row));
+  });
+}
+
 void gated(Gate gate, const FloatRows& g, const FloatRows& u, int64_t m, int64_t n,
            const MutableFloatRows& y, const Threads& threads) {
   const RowsPath& loops = path();

@@ -35,6 +35,10 @@ void layer_norm_backward(const FloatRows& grad, const FloatRows& x, int64_t m, i
                          const float* weight, float eps, const MutableFloatRows& dx, float* dweight,
                          float* dbias, const Threads& threads);
 
+/// sums [n] = the sum over rows of a ∘ b, replaced.
+void sum_products(const FloatRows& a, const FloatRows& b, int64_t m, int64_t n, float* sums,
+                  const Threads& threads);
+
 /// What multiplies `up`: x sigmoid(x), or Gauss' x Φ(x), exactly or by tanh (arXiv 2002.05202).
 enum class Gate { silu, gelu, gelu_tanh };
 

@@ -94,12 +94,25 @@ DoraNorms::DoraNorms(const quant::Weight& weight, Along along)
 }
 
 at::Tensor DoraNorms::of(const quant::Weight& weight, const at::Tensor& a, const at::Tensor& b,
-                         double s) const {
-  // Below this share of W's own norm the sum of three terms has lost its digits.
-  constexpr double kCancelled = 0.01;
+                         double s, bool remember) const {
   at::NoGradGuard no_grad;
   if (weight.parts[0].unsafeGetTensorImpl() != weight_)
-    return DoraNorms(weight, along_).of(weight, a, b, s);
+    return DoraNorms(weight, along_).computed(weight, a, b, s);
+  const std::lock_guard lock(mutex_);
+  if (!remember) {
+    remembered_.reset();
+    return computed(weight, a, b, s);
+  }
+  if (!remembered_ || remembered_->scaling != s || remembered_->a.device() != a.device() ||
+      !remembered_->a.equal(a) || !remembered_->b.equal(b))
+    remembered_ = Remembered{a.clone(), b.clone(), computed(weight, a, b, s), s};
+  return remembered_->norms;
+}
+
+at::Tensor DoraNorms::computed(const quant::Weight& weight, const at::Tensor& a,
+                               const at::Tensor& b, double s) const {
+  // Below this share of W's own norm the sum of three terms has lost its digits.
+  constexpr double kCancelled = 0.01;
   // W Aᵀ [out, r], or Wᵀ Aᵀ [in, r].
   const auto wa = (along_ == Along::rows ? weight.linear(a) : weight.backward_input(a)).t();
   auto squares = squares_ + 2 * s * (wa * b).sum(1) + s * s * (b.mm(a.mm(a.t())) * b).sum(1);
@@ -160,7 +173,8 @@ LinearTerm Lora::term(const LinearBase& base) const {
   }
   if (is_training()) term.dropout = dropout_;
   if (norms_) {
-    term.gain = magnitude_ / norms_->of(base.weight, term.a.detach(), term.b.detach(), scaling_);
+    term.gain = magnitude_ / norms_->of(base.weight, term.a.detach(), term.b.detach(), scaling_,
+                                        /*remember=*/!is_training());
     term.gain_spares_bias = true;
     term.magnitude = magnitude_;
   }
@@ -215,7 +229,8 @@ LoraEmbedding::LoraEmbedding(std::shared_ptr<const LoraConfig> config, const qua
 }
 
 at::Tensor LoraEmbedding::gain(const quant::Weight& table) const {
-  return magnitude_ / norms_->of(table, lora_a_.detach(), lora_b_.detach(), scaling_);
+  return magnitude_ / norms_->of(table, lora_a_.detach(), lora_b_.detach(), scaling_,
+                                 /*remember=*/!is_training());
 }
 
 at::Tensor LoraEmbedding::forward(const quant::Weight& table, const at::Tensor& ids,

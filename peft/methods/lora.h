@@ -4,6 +4,8 @@
 #include <budwood/peft/linear_adapter.h>
 
 #include <cstdint>
+#include <mutex>
+#include <optional>
 #include <string>
 
 namespace budwood {
@@ -16,13 +18,24 @@ class DoraNorms {
  public:
   enum class Along { rows, columns };
   DoraNorms(const quant::Weight& weight, Along along);
+  /// With `remember` the result stays, beside a copy of the factors, and is given again while they
+  /// have the same values: a token that is generated costs no product of rank r.
   at::Tensor of(const quant::Weight& weight, const at::Tensor& a, const at::Tensor& b,
-                double scaling) const;
+                double scaling, bool remember = false) const;
 
  private:
+  struct Remembered {
+    at::Tensor a, b, norms;
+    double scaling;
+  };
+  at::Tensor computed(const quant::Weight& weight, const at::Tensor& a, const at::Tensor& b,
+                      double scaling) const;
+
   Along along_;
   at::Tensor squares_;  // of W's rows or columns
   const void* weight_;  // whose they are
+  mutable std::mutex mutex_;
+  mutable std::optional<Remembered> remembered_;
 };
 
 /// LoRA on a Linear slot (arXiv 2106.09685): y += s (D(x) Aᵀ) Bᵀ [+ s b_B], D = dropout while

@@ -37,8 +37,10 @@ std::string layer_of_part(const std::string& name) {
 }
 
 HfSource::HfSource(const std::string& folder, std::optional<at::ScalarType> dtype,
-                   const std::string& quantization_config)
-    : files_(io::ModelFiles::open(folder)), dtype_(dtype ? *dtype : most_common_float(files_)) {
+                   const std::string& quantization_config, bool as_stored)
+    : files_(io::ModelFiles::open(folder)),
+      dtype_(dtype ? *dtype : most_common_float(files_)),
+      as_stored_(as_stored) {
   if (quantization_config.empty()) return;
   checkpoint_ = quant::open_checkpoint(quantization_config);
   for (const auto* info : files_.tensors()) layers_[layer_of_part(info->name)].push_back(info);
@@ -86,6 +88,14 @@ at::Tensor HfSource::converted(const std::string& name, at::IntArrayRef shape) {
   return values;
 }
 
+at::Tensor HfSource::for_products(const std::string& name, at::IntArrayRef shape) {
+  if (as_stored_ && dtype_ == at::kFloat) {
+    auto stored = read(name, shape);
+    if (at::isReducedFloatingType(stored.scalar_type())) return stored;
+  }
+  return converted(name, shape);
+}
+
 quant::Weight HfSource::matrix(const std::string& name, int64_t out, int64_t in) {
   const auto parts = packed_parts(name);
   if (!parts.empty()) {
@@ -98,11 +108,11 @@ quant::Weight HfSource::matrix(const std::string& name, int64_t out, int64_t in)
                                       path.substr(0, path.size() - 1), e.what()));
     }
   }
-  return quant::Weight::dense(converted(name, {out, in}));
+  return quant::Weight::dense(for_products(name, {out, in}));
 }
 
 quant::Weight HfSource::transposed_matrix(const std::string& name, int64_t out, int64_t in) {
-  return quant::Weight::dense_transposed(converted(name, {in, out}));
+  return quant::Weight::dense_transposed(for_products(name, {in, out}));
 }
 
 at::Tensor HfSource::vector(const std::string& name, int64_t size) {

@@ -21,8 +21,9 @@ class HfSource final : public WeightSource {
  public:
   /// dtype: of activations and plain weights; undefined keeps what each tensor has.
   /// quantization_config: that of config.json as text, or empty.
+  /// as_stored: 16-bit matrices of a float32 model stay views of the file.
   HfSource(const std::string& folder, std::optional<at::ScalarType> dtype,
-           const std::string& quantization_config = "");
+           const std::string& quantization_config = "", bool as_stored = false);
 
   bool has(const std::string& name) const override;
   quant::Weight matrix(const std::string& name, int64_t out, int64_t in) override;
@@ -34,12 +35,14 @@ class HfSource final : public WeightSource {
 
  private:
   at::Tensor converted(const std::string& name, at::IntArrayRef shape);
+  at::Tensor for_products(const std::string& name, at::IntArrayRef shape);
   at::Tensor read(const std::string& name, at::IntArrayRef shape);
   // The packed tensors of the layer whose weight is `name`; empty when it is plain.
   quant::StoredParts packed_parts(const std::string& name) const;
 
   io::ModelFiles files_;
   at::ScalarType dtype_;
+  bool as_stored_;
   std::unique_ptr<quant::Checkpoint> checkpoint_;
   std::map<std::string, std::vector<const io::TensorInfo*>> layers_;  // by path
   std::set<std::string> used_;

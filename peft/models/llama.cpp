@@ -6,6 +6,7 @@
 #include <budwood/peft/models/registry.h>
 #include <budwood/peft/ops/cross_entropy.h>
 #include <budwood/peft/ops/gated.h>
+#include <budwood/peft/ops/kept.h>
 #include <budwood/peft/ops/norm.h>
 #include <budwood/peft/ops/recompute.h>
 #include <budwood/peft/ops/rotary.h>
@@ -31,10 +32,16 @@ InputGroup one_projection(const std::string& path, const LinearSlot& slot) {
   return group;
 }
 
+// Of an activation's element.
+int64_t kept_bytes_of(at::ScalarType type) {
+  return static_cast<int64_t>(c10::elementSize(ops::kept_type(type)));
+}
+
 // What a slot keeps of a token beside its input: x Aᵀ, or for adapters that run on their own the
 // input as they read it.
-int64_t slot_keeps(const LinearSlot& slot, int64_t element) {
+int64_t slot_keeps(const LinearSlot& slot, at::ScalarType type) {
   constexpr int64_t fp32 = 4;
+  const int64_t element = kept_bytes_of(type);
   const auto terms = slot->terms();
   if (const auto p = slot->projection(terms)) {
     const int64_t gained = terms.empty() || !terms[0].gain.defined() ? 0 : slot->out_features();
@@ -123,12 +130,13 @@ std::vector<InputGroup> LlamaAttentionImpl::input_groups(const std::string& path
   return {qkv, out};
 }
 
-int64_t LlamaAttentionImpl::kept_per_token(int64_t element) const {
+int64_t LlamaAttentionImpl::kept_per_token(at::ScalarType type) const {
   // q, k, v and the result, and q and k before their norms; the logarithm of each sum of scores.
   const int64_t q = heads_ * head_dim_, kv = kv_heads_ * head_dim_;
   const int64_t normed = q_norm_.is_empty() ? 0 : q + kv;
-  int64_t bytes = (2 * q + 2 * kv + normed) * element + heads_ * 4;
-  for (const auto& slot : {q_proj_, k_proj_, v_proj_, o_proj_}) bytes += slot_keeps(slot, element);
+  int64_t bytes = normed * kept_bytes_of(type) +
+                  2 * (q + kv) * static_cast<int64_t>(c10::elementSize(type)) + heads_ * 4;
+  for (const auto& slot : {q_proj_, k_proj_, v_proj_, o_proj_}) bytes += slot_keeps(slot, type);
   return bytes;
 }
 
@@ -158,9 +166,9 @@ std::vector<InputGroup> LlamaMlpImpl::input_groups(const std::string& path, cons
   return {in, out};
 }
 
-int64_t LlamaMlpImpl::kept_per_token(int64_t element) const {
-  int64_t bytes = 2 * gate_proj_->out_features() * element;
-  for (const auto& slot : {gate_proj_, up_proj_, down_proj_}) bytes += slot_keeps(slot, element);
+int64_t LlamaMlpImpl::kept_per_token(at::ScalarType type) const {
+  int64_t bytes = 2 * gate_proj_->out_features() * kept_bytes_of(type);
+  for (const auto& slot : {gate_proj_, up_proj_, down_proj_}) bytes += slot_keeps(slot, type);
   return bytes;
 }
 
@@ -195,9 +203,9 @@ std::vector<InputGroup> LlamaBlockImpl::input_groups(const std::string& path,
   return groups;
 }
 
-int64_t LlamaBlockImpl::kept_per_token(int64_t element) const {
-  const int64_t inputs_of_norms = 2 * input_layernorm_->weight.numel() * element;
-  return inputs_of_norms + self_attn_->kept_per_token(element) + mlp_->kept_per_token(element);
+int64_t LlamaBlockImpl::kept_per_token(at::ScalarType type) const {
+  const int64_t inputs_of_norms = 2 * input_layernorm_->weight.numel() * kept_bytes_of(type);
+  return inputs_of_norms + self_attn_->kept_per_token(type) + mlp_->kept_per_token(type);
 }
 
 LlamaForCausalLM::LlamaForCausalLM(ModelConfig model_config, WeightSource& source)
@@ -272,7 +280,7 @@ int64_t LlamaForCausalLM::kept_bytes(int64_t tokens) const {
   const auto element = static_cast<int64_t>(c10::elementSize(dtype_));
   int64_t all = 0, again = 0;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const int64_t own = layers_[i]->kept_per_token(element);
+    const int64_t own = layers_[i]->kept_per_token(dtype_);
     const bool checkpointed = is_checkpointed(i);
     all += checkpointed ? config().hidden_size * element : own;
     if (checkpointed) again = std::max(again, own);

@@ -36,7 +36,7 @@ class LlamaAttentionImpl : public torch::nn::Module {
   /// Those who read x, and the output projection.
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary,
                                        const RmsNorm& before);
-  int64_t kept_per_token(int64_t element) const;
+  int64_t kept_per_token(at::ScalarType type) const;
 
  private:
   int64_t layer_, heads_, kv_heads_, head_dim_, window_;
@@ -51,7 +51,7 @@ class LlamaMlpImpl : public torch::nn::Module {
   LlamaMlpImpl(const ModelConfig& config, const std::string& path, WeightSource& source);
   at::Tensor forward(const ops::Source& x);
   std::vector<InputGroup> input_groups(const std::string& path, const RmsNorm& before);
-  int64_t kept_per_token(int64_t element) const;
+  int64_t kept_per_token(at::ScalarType type) const;
 
  private:
   LinearSlot gate_proj_{nullptr}, up_proj_{nullptr}, down_proj_{nullptr};
@@ -65,8 +65,8 @@ class LlamaBlockImpl : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& x, const TokenBatch& batch,
                      const RotaryTable::Angles& angles, KvCache* cache);
   std::vector<InputGroup> input_groups(const std::string& path, const RotaryTable& rotary);
-  /// Bytes a token keeps for the backward, when activations have that many bytes an element.
-  int64_t kept_per_token(int64_t element) const;
+  /// Bytes a token keeps for the backward.
+  int64_t kept_per_token(at::ScalarType type) const;
   const AttentionSlot& adapters() const { return self_attn_->adapters(); }
 
  private:

@@ -7,12 +7,6 @@
 
 namespace budwood::models {
 
-namespace {
-
-constexpr int64_t kTrimAfter = int64_t{32} << 20;
-
-}  // namespace
-
 QuantizingSource::QuantizingSource(WeightSource& source, quant::QuantizeOptions options,
                                    std::vector<std::string> skip, QuantizeObserver observer)
     : source_(source),
@@ -50,12 +44,9 @@ quant::Weight QuantizingSource::packed(const std::string& name, quant::Weight we
     if (observer_) observer_(name, weight, packed);
     source_.release(name);
     // Plain matrices that were read and freed leave holes between the packed ones, which stay.
-    untrimmed_ += weight.bytes();
-    if (untrimmed_ > kTrimAfter) {
-      weight = {};
-      quant::trim_heap();
-      untrimmed_ = 0;
-    }
+    const int64_t freed = weight.bytes();
+    weight = {};
+    quant::trim_heap_after(freed);
     return packed;
   } catch (const Error& e) {
     throw Error("load", fmt::format("the tensor '{}' cannot be quantised: {}", name, e.what()));

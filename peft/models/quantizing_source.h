@@ -41,7 +41,6 @@ class QuantizingSource final : public WeightSource {
   std::vector<std::string> skip_;
   QuantizeObserver observer_;
   std::set<std::string> used_skips_;
-  int64_t untrimmed_ = 0;  // bytes of plain matrices since the heap was trimmed
 };
 
 }  // namespace budwood::models

@@ -51,7 +51,7 @@ void require_all_used(const WeightSource& source, const ModelConfig& config,
                                   fmt::join(strays, ", "), count > strays.size() ? ", ..." : ""));
 }
 
-bool wants_packed(const std::string& path, bool folder, const LoadOptions& options) {
+bool wants_packed(bool folder, const LoadOptions& options) {
   if (!options.quantize.empty()) {
     quant::require_quantizable(options.quantize);
     quant::require_method(options.quantize, options.quantize_method);
@@ -61,11 +61,6 @@ bool wants_packed(const std::string& path, bool folder, const LoadOptions& optio
   if (options.weights != "packed")
     throw Error("load",
                 fmt::format("weights is 'auto', 'dense' or 'packed', found '{}'", options.weights));
-  if (folder)
-    throw Error("load",
-                fmt::format("'{}' is a folder: only the blocks of a GGUF file can be used packed; "
-                            "quantize='nf4' packs a folder's weights while loading",
-                            path));
   if (!options.quantize.empty())
     throw Error("load",
                 fmt::format("packed weights are quantised already: take weights='dense' with "
@@ -118,7 +113,7 @@ ModelConfig read_config(const std::string& path) {
 
 std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& options) {
   require_exists(path);
-  const bool folder = fs::is_directory(path), packed = wants_packed(path, folder, options);
+  const bool folder = fs::is_directory(path), packed = wants_packed(folder, options);
   std::optional<at::ScalarType> dtype;
   if (options.dtype != "auto") dtype = scalar_type_of(options.dtype);
   if (!folder) {
@@ -126,7 +121,7 @@ std::shared_ptr<CausalLM> load(const std::string& path, const LoadOptions& optio
     return build_from(source.config(), source, path, options);
   }
   auto config = folder_config(path);
-  HfSource source(path, dtype, config.quantization);
+  HfSource source(path, dtype, config.quantization, packed);
   return build_from(std::move(config), source, path, options);
 }
 

@@ -17,7 +17,10 @@ struct LoadOptions {
   std::string dtype = "auto";
   /// What becomes of the blocks of a GGUF file: "packed" multiplies them as they lie in the mapped
   /// file, and dtype is then that of activations; "dense" decodes them; "auto" is packed, unless
-  /// `quantize` packs them anew. A folder has no blocks.
+  /// `quantize` packs them anew. Of a folder's 16-bit matrices in a float32 model, "packed"
+  /// multiplies with them as they lie in the mapped file: the same numbers in half the memory,
+  /// shared between processes; a merge into them rounds to 16 bits, as it does in the file. "auto"
+  /// and "dense" convert them.
   std::string weights = "auto";
   /// Quantises each matrix while loading, tensor by tensor: "nf4", "fp4", "int8", "int4",
   /// "affine8"; empty = not. What the rest of the name does not say stands in quant/quantize.h.

@@ -6,6 +6,7 @@
 #include <budwood/peft/kernels/attention.h>
 #include <budwood/peft/ops/attention.h>
 #include <budwood/peft/ops/dispatch.h>
+#include <budwood/peft/ops/kept.h>
 #include <budwood/quant/error.h>
 #include <budwood/quant/tensors.h>
 #include <algorithm>
@@ -193,6 +194,7 @@ class AttentionFunction : public torch::autograd::Function<AttentionFunction> {
     ctx->saved_data["causal"] = causal;
     ctx->saved_data["window"] = window;
     ctx->saved_data["prefix"] = prefix;
+    keep_exactly(out);
     ctx->save_for_backward({q, k, v, out, lse});
     return out;
   }

@@ -3,6 +3,7 @@
 
 #include <budwood/peft/ops/dispatch.h>
 #include <budwood/peft/ops/gated.h>
+#include <budwood/peft/ops/kept.h>
 #include <budwood/quant/tensors.h>
 
 namespace budwood::ops {
@@ -90,13 +91,15 @@ class GatedFunction : public torch::autograd::Function<GatedFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate, const at::Tensor& up,
                             int64_t kind) {
     ctx->saved_data["kind"] = kind;
-    ctx->save_for_backward({gate, up});
+    ctx->save_for_backward({keep(gate), keep(up)});
     at::AutoDispatchBelowADInplaceOrView guard;
     return call(gate, up, kind);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    auto [dg, du] = call_backward(grads[0], saved[0], saved[1], ctx->saved_data["kind"].toInt());
+    const auto type = grads[0].scalar_type();
+    auto [dg, du] = call_backward(grads[0], restored(saved[0], type), restored(saved[1], type),
+                                  ctx->saved_data["kind"].toInt());
     return {dg, du, {}};
   }
 };

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <budwood/peft/ops/factors.h>
+#include <budwood/peft/ops/kept.h>
 #include <budwood/peft/ops/lora_linear.h>
 #include <budwood/quant/ops.h>
 
@@ -115,7 +116,7 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, u] = call_forward(x, parts, format, shape, bias, a, b, scaling);
     auto saved = parts.vec();
-    saved.insert(saved.end(), {x, u, a, b});
+    saved.insert(saved.end(), {keep(x), u, a, b});
     ctx->save_for_backward(std::move(saved));
     return y;
   }
@@ -126,9 +127,10 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     const variable_list parts(saved.begin(), saved.begin() + static_cast<int64_t>(n));
     const auto shape = ctx->saved_data["shape"].toSymIntVector();
     const bool need_x = ctx->needs_input_grad(0);
-    auto [dx, da, db] = call_backward(grads[0], saved[n], saved[n + 1], parts,
-                                      ctx->saved_data["format"].toInt(), shape, saved[n + 2],
-                                      saved[n + 3], ctx->saved_data["scaling"].toDouble(), need_x);
+    auto [dx, da, db] =
+        call_backward(grads[0], restored(saved[n], grads[0].scalar_type()), saved[n + 1], parts,
+                      ctx->saved_data["format"].toInt(), shape, saved[n + 2], saved[n + 3],
+                      ctx->saved_data["scaling"].toDouble(), need_x);
     // x, the parts, format, shape, bias, A, B, scaling
     variable_list result(n + 7);
     if (need_x) result[0] = dx;

@@ -3,6 +3,7 @@
 
 #include <budwood/peft/kernels/rows.h>
 #include <budwood/peft/ops/dispatch.h>
+#include <budwood/peft/ops/kept.h>
 #include <budwood/peft/ops/norm.h>
 #include <budwood/quant/tensors.h>
 
@@ -125,14 +126,15 @@ class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             double eps) {
     ctx->saved_data["eps"] = eps;
-    ctx->save_for_backward({x, weight});
+    ctx->save_for_backward({keep(x), weight});
     at::AutoDispatchBelowADInplaceOrView guard;
     return rms_norm(x, weight, eps);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    auto [dx, dweight] = rms_norm_backward(
-        grads[0], saved[0], saved[1], ctx->saved_data["eps"].toDouble(), ctx->needs_input_grad(1));
+    auto [dx, dweight] =
+        rms_norm_backward(grads[0], restored(saved[0], grads[0].scalar_type()), saved[1],
+                          ctx->saved_data["eps"].toDouble(), ctx->needs_input_grad(1));
     return {dx, ctx->needs_input_grad(1) ? dweight : at::Tensor(), {}};
   }
 };
@@ -142,7 +144,7 @@ class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const at::Tensor& bias, double eps) {
     ctx->saved_data["eps"] = eps;
-    ctx->save_for_backward({x, weight});
+    ctx->save_for_backward({keep(x), weight});
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_norm(x, weight, bias, eps);
   }
@@ -150,7 +152,8 @@ class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
     const auto saved = ctx->get_saved_variables();
     const bool both = ctx->needs_input_grad(1) || ctx->needs_input_grad(2);
     auto [dx, dweight, dbias] =
-        layer_norm_backward(grads[0], saved[0], saved[1], ctx->saved_data["eps"].toDouble(), both);
+        layer_norm_backward(grads[0], restored(saved[0], grads[0].scalar_type()), saved[1],
+                            ctx->saved_data["eps"].toDouble(), both);
     return {dx, both ? dweight : at::Tensor(), both ? dbias : at::Tensor(), {}};
   }
 };

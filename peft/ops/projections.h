@@ -41,17 +41,20 @@ struct Source {
   static Source gelu(at::Tensor x, std::string approximate);
 };
 
-/// y = x Wᵀ + bias + scaling (x Aᵀ) Bᵀ; undefined A and B stand for no low-rank term.
+/// y = gain ∘ (x Wᵀ + scaling (x Aᵀ) Bᵀ) + bias; undefined A and B stand for no low-rank term, an
+/// undefined gain for 1.
 struct Projection {
   quant::Weight weight;  ///< frozen
   at::Tensor bias = {};  ///< undefined = none
   at::Tensor a = {}, b = {};
   double scaling = 1.0;
+  at::Tensor gain = {};  ///< [out]
 };
 
 /// The results of all projections, [..., out] each, in the dtype of the source's value.
-/// Differentiable in the source's inputs, biases and factors. Kept are the source's inputs and
-/// x Aᵀ, nothing else of a token's width.
+/// Differentiable in the source's inputs, biases, factors and gains. Kept are the source's inputs
+/// and x Aᵀ, and where a gain is trained its result without the bias; nothing else of a token's
+/// width.
 std::vector<at::Tensor> project(const Source& source, const std::vector<Projection>& projections);
 
 }  // namespace budwood::ops

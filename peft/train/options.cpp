@@ -41,6 +41,7 @@ std::vector<ConfigField> TrainOptions::fields() {
           bind_field("long_rows", long_rows),
           bind_field("shuffle", shuffle),
           bind_field("gradient_checkpointing", gradient_checkpointing),
+          bind_field("activation_dtype", activation_dtype),
           bind_field("tune", tune),
           bind_field("optimizer", optimizer),
           bind_field("selected_tokens", selected_tokens),
@@ -84,6 +85,8 @@ void TrainOptions::validate() const {
   if (steps == 0) in_range("epochs", epochs, epochs > 0, "more than 0, or steps to be set");
   at_least("grad_accumulation", grad_accumulation, 1);
   at_least("gradient_checkpointing", gradient_checkpointing, 0);
+  if (activation_dtype != "float32" && activation_dtype != "bfloat16")
+    fail("activation_dtype", io::in_quotes(activation_dtype), "'float32' or 'bfloat16'");
   SampleOptions{sequence_length, batch_size, packing, long_rows}.validate();
   check_optimizer();
   in_range("learning_rate", learning_rate, learning_rate > 0, "more than 0");

@@ -24,6 +24,9 @@ struct TrainOptions {
   /// Every k-th block of the model runs again in the backward instead of keeping what it computed:
   /// 1 = least memory, larger = faster, 0 = none. Does not change results.
   int64_t gradient_checkpointing = 0;
+  /// In which dtype the forward of a float32 model keeps activations for the backward: "float32",
+  /// or "bfloat16" for half the memory and gradients with its rounding; losses stay exact.
+  std::string activation_dtype = "float32";
 
   /// What is trained: the "adapter", or the "full" model, whose weights are plain numbers then.
   std::string tune = "adapter";

@@ -5,6 +5,7 @@
 #include <budwood/peft/inject.h>
 #include <budwood/peft/models/selected.h>
 #include <budwood/peft/models/train_all.h>
+#include <budwood/peft/ops/kept.h>
 #include <budwood/peft/train/run_folder.h>
 #include <budwood/peft/train/signals.h>
 #include <budwood/quant/error.h>
@@ -118,6 +119,7 @@ TrainResult Trainer::run() {
   run_tokens_ = run_steps_ = 0;
   open_output();
   const quant::MemoryPool pool;
+  const ops::ScopedKeptType kept(kept_type());
   const ModeScope mode(*model_, true);
   const auto callers = random_state();
   const AtExit give_back([&] {
@@ -315,7 +317,12 @@ void Trainer::log(const StepOutcome& outcome, TrainResult& result) {
   if (on_log) on_log(m);
 }
 
+at::ScalarType Trainer::kept_type() const {
+  return options_.activation_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+}
+
 MemoryPlan Trainer::memory_plan() const {
+  const ops::ScopedKeptType narrow(kept_type());
   const auto tokens = static_cast<double>(options_.batch_size * sampler_.report().longest);
   const double chosen = options_.selected_tokens;
   const double kept = chosen == 0  ? tokens

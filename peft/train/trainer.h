@@ -83,6 +83,7 @@ class Trainer {
     double learning_rate, grad_norm;
   };
   class Parts;
+  at::ScalarType kept_type() const;
   void check(const Dataset& data, const Sampler& sampler) const;
   void resume();
   void restore(const Checkpoint& checkpoint);

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
-    from .memory import memory_pool
+    from .memory import activation_dtype, memory_pool
     from .merging import combine_files, convert, extract, merge_files, unmerge_files, verify_files
     from .methods import Family, Site, register_family
     from .peft_model import PeftModel
@@ -64,6 +64,7 @@ _HOME = {
     "Error": "errors",
     "InjectReport": "inject",
     "OptimizeReport": "fused",
+    "activation_dtype": "memory",
     "memory_pool": "memory",
     "combine_files": "merging",
     "convert": "merging",
@@ -147,6 +148,7 @@ __all__ = [
     "Site",
     "TaskType",
     "VeraConfig",
+    "activation_dtype",
     "cmake_prefix_path",
     "combine_files",
     "convert",

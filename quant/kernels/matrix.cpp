@@ -42,4 +42,24 @@ void Int8Matrix::decode(int64_t row, int64_t rows, int64_t col, int64_t cols, fl
   }
 }
 
+void ScaledMatrix::decode(int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst,
+                          int64_t stride) const {
+  inner_.decode(row, rows, col, cols, dst, stride);
+  for (int64_t r = 0; r < rows; ++r, dst += stride) {
+    if (along_ == Along::rows) {
+      const float factor = factors_[row + r];
+      for (int64_t i = 0; i < cols; ++i) dst[i] *= factor;
+    } else {
+      for (int64_t i = 0; i < cols; ++i) dst[i] *= factors_[col + i];
+    }
+  }
+}
+
+bool ScaledMatrix::dot(int64_t row, int64_t col, int64_t cols, const float* x, float* out) const {
+  constexpr int64_t kRows = 4;
+  if (along_ != Along::rows || !inner_.dot(row, col, cols, x, out)) return false;
+  for (int64_t r = 0; r < kRows; ++r) out[r] *= factors_[row + r];
+  return true;
+}
+
 }  // namespace budwood::quant::kernels

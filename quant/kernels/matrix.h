@@ -120,4 +120,24 @@ class Int8Matrix final : public Matrix {
   const float* scales_;
 };
 
+/// Another matrix with each row, or each column, times a number of its own. That matrix and the
+/// factors must live as long.
+class ScaledMatrix final : public Matrix {
+ public:
+  enum class Along { rows, cols };
+  ScaledMatrix(const Matrix& inner, const float* factors, Along along)
+      : Matrix(inner.rows(), inner.cols(), inner.block()),
+        inner_(inner),
+        factors_(factors),
+        along_(along) {}
+  void decode(int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst,
+              int64_t stride) const override;
+  bool dot(int64_t row, int64_t col, int64_t cols, const float* x, float* out) const override;
+
+ private:
+  const Matrix& inner_;
+  const float* factors_;
+  Along along_;
+};
+
 }  // namespace budwood::quant::kernels

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import TINY, make_tiny, tiny_configs
@@ -94,6 +95,48 @@ def test_half_precision_is_close(dtype, tiny_folder):
     assert model.dtype == dtype
     with torch.no_grad():
         assert relative(model(IDS).float(), make_tiny("llama")(IDS).logits) < 0.05
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama-tied-bias"])
+def test_16_bit_matrices_are_used_in_a_float32_model_as_they_lie_in_the_file(
+    name, tiny_folder, tmp_path
+):
+    folder = tmp_path / "bf16"
+    transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_folder(name), dtype=torch.bfloat16
+    ).save_pretrained(folder)
+    models = [_C.load_model(str(folder), "float32", weights=w) for w in ("dense", "packed")]
+    stored = [sum(part["bytes"] for part in _C.base_weights(model)) for model in models]
+    assert stored[0] == 2 * stored[1]
+    ids = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(3))
+    config = _C.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights=False,
+    )
+    results = []
+    for model in models:
+        _C.inject(model, config, seed=1)
+        loss = model.loss(_C.TokenBatch.from_rows(ids), ids.reshape(-1)).sum
+        loss.backward()
+        grads = [p.grad.clone() for _, p in _C.trainable_parameters(model)]
+        results.append([loss.detach(), model(ids).detach(), *grads])
+    for dense, packed in zip(*results, strict=True):
+        assert packed.dtype == torch.float32
+        # Sums of a few rows go in another order over fp32 than over what is decoded.
+        assert relative(packed, dense) < 1e-5
+    # A merge has the file's dtype, and comes back to the bit.
+    before = models[1](ids).detach()
+    _C.merge(models[1])
+    assert torch.allclose(models[1](ids), before, atol=0.2)
+    _C.save_model(models[1], str(tmp_path / "merged"))
+    files = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    assert {t.dtype for t in files.values() if t.dim() == 2} == {torch.bfloat16}
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(saved.float()(ids).logits, models[1](ids), atol=1e-4)
+    _C.unmerge(models[1])
+    assert torch.equal(models[1](ids), before)
 
 
 def test_saved_folder_opens_in_transformers(tiny_folder, tmp_path):

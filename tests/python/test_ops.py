@@ -140,6 +140,85 @@ def test_results_have_the_dtype_of_x_and_adapters_stay_fp32(form, x_dtype, w_dty
     torch.testing.assert_close(y.double(), wanted, rtol=0, atol=0.1 if low else 0.02)
 
 
+def dora(x, part, form, b, lora_a, lora_b, gain):
+    return torch.ops.budwood.dora_linear(x, [part], form, [OUT, IN], b, lora_a, lora_b, gain, 0.7)
+
+
+def gain_of(dtype=torch.float64, zero=False, requires_grad=True):
+    gain = torch.linspace(0.5, 1.5, OUT, dtype=dtype)
+    if zero:
+        gain[1] = 0
+    return gain.requires_grad_(requires_grad)
+
+
+@FORMS
+@BIAS
+@LEAD
+def test_dora_linear_equals_plain_torch(form, bias, lead):
+    x, w, part, b, lora_a, lora_b = operands(form, bias, lead)
+    gain = gain_of(zero=True)
+    inputs = [t for t in (x, b, lora_a, lora_b, gain) if t is not None]
+    ours = dora(x, part, form, b, lora_a, lora_b, gain)
+    wanted = gain * plain(x, w, None, lora_a, lora_b, 0.7) + (0 if b is None else b)
+    assert ours.shape == wanted.shape
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(wanted)
+    for mine, other in zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(wanted, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@FORMS
+@BIAS
+def test_dora_linear_passes_gradcheck_and_opcheck(form, bias):
+    x, _, part, b, lora_a, lora_b = operands(form, bias, (3,))
+    assert torch.autograd.gradcheck(
+        lambda x, b, lora_a, lora_b, gain: dora(x, part, form, b, lora_a, lora_b, gain),
+        (x, b, lora_a, lora_b, gain_of()),
+    )
+    for lead in [(3,), (2, 3), (1,), (0,)]:
+        for requires_grad in (False, True):
+            x, _, part, b, lora_a, lora_b = operands(form, bias, lead, torch.float32, requires_grad)
+            gain = gain_of(torch.float32, requires_grad=requires_grad)
+            torch.library.opcheck(
+                torch.ops.budwood.dora_linear.default,
+                (x, [part], form, [OUT, IN], b, lora_a, lora_b, gain, 0.7),
+            )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dora_linear_compiles_whole(dynamic):
+    x, _w, part, b, lora_a, lora_b = operands(DENSE, True, (3,), torch.float32)
+    gain = gain_of(torch.float32)
+
+    def step(x):
+        return torch.relu(dora(x, part, DENSE, b, lora_a, lora_b, gain))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (3, 5, 8):
+        x = torch.randn(rows, IN, requires_grad=True)
+        torch.testing.assert_close(compiled(x), step(x))
+        mine = torch.autograd.grad(compiled(x).sum(), [x, gain])
+        other = torch.autograd.grad(step(x).sum(), [x, gain])
+        for a, c in zip(mine, other, strict=True):
+            torch.testing.assert_close(a, c)
+
+
+def test_autocast_takes_x_alone_to_16_bits():
+    x, _w, part, b, lora_a, lora_b = operands(DENSE, True, (3,), torch.float32)
+    gain = gain_of(torch.float32)
+    exact = dora(x, part, DENSE, b, lora_a, lora_b, gain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = dora(x, part, DENSE, b, lora_a, lora_b, gain)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=0.03, atol=0.1)
+    y.float().sum().backward()
+    assert lora_a.grad.dtype == gain.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_with_changing_batch_sizes(dynamic):
     x, _w, part, b, lora_a, lora_b = operands(DENSE, True, (3,), torch.float32)

@@ -155,6 +155,40 @@ def test_losses_and_gradients_equal_the_plain_models(name, library):
         torch.testing.assert_close(found[key], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_activations_kept_in_bf16_change_no_loss_and_little_of_gradients(name):
+    model = budwood.optimize(adapted(name, budwood))
+
+    def loss_and_gradients():
+        model.zero_grad()
+        if name == "bert":
+            hidden = model(input_ids=ids_of()).last_hidden_state
+            # A random direction: along the values themselves a norm's gradient all but cancels.
+            generator = torch.Generator().manual_seed(6)
+            loss = (hidden * torch.randn(hidden.shape, generator=generator)).mean()
+        else:
+            loss = model(input_ids=ids_of(), labels=ids_of()).loss
+        loss.backward()
+        return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, grads = loss_and_gradients()
+    with budwood.activation_dtype(torch.bfloat16):
+        narrow_loss, narrow = loss_and_gradients()
+    assert narrow_loss == loss
+    for key, grad in grads.items():
+        off = (narrow[key] - grad).norm() / grad.norm().clamp_min(1e-12)
+        assert off < 0.02, key
+    assert any(not torch.equal(narrow[key], grad) for key, grad in grads.items())
+    again_loss, again = loss_and_gradients()
+    assert again_loss == loss
+    assert all(torch.equal(again[key], grad) for key, grad in grads.items())
+    with (
+        pytest.raises(budwood.Error, match=r"float32 or bfloat16, found torch\.float16"),
+        budwood.activation_dtype(torch.float16),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(name, reentrant):

@@ -187,8 +187,6 @@ def test_options_that_do_not_fit_are_refused(tiny_folder, smollm2_gguf):
     folder = str(tiny_folder("llama"))
     with pytest.raises(budwood.Error, match="'auto', 'dense' or 'packed', found 'sparse'"):
         _C.load_model(folder, weights="sparse")
-    with pytest.raises(budwood.Error, match="only the blocks of a GGUF"):
-        _C.load_model(folder, weights="packed")
     with pytest.raises(budwood.Error, match="unknown format 'nf5'"):
         _C.load_model(folder, quantize="nf5")
     with pytest.raises(budwood.Error, match="quantised already"):

@@ -100,7 +100,8 @@ def train(
 
     \b
       model, tokenizer, dtype, seed, output
-      weights:  auto, packed or dense: whether a GGUF's blocks are used as they are
+      weights:  auto, packed or dense: whether a GGUF's blocks, or a folder's 16-bit matrices,
+                are used as they lie in the file
       quantize: nf4, fp4, int8, int4; or format, block_size, double_quant, skip
       data:     train, eval, format, sequence_length, packing, long_rows, shuffle, bos, eos
       adapter:  method (lora), name, r, lora_alpha, target_modules, lora_dropout, ...

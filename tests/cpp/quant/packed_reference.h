@@ -36,6 +36,13 @@ inline void check_products(const Weight& w, const at::Tensor& values) {
       CHECK((dx.scalar_type() == type));
       CHECK(distance(y, typed_x.to(at::kDouble).matmul(exact.t())) < bound);
       CHECK(distance(dx, typed_g.to(at::kDouble).matmul(exact)) < bound);
+      // A gain multiplies rows, whatever is added stays as it is.
+      const auto gain = torch::randn({w.out}), bias = torch::randn({w.out});
+      const auto gained = gain.to(at::kDouble).unsqueeze(1) * exact;
+      CHECK(distance(w.linear(typed_x, {.gain = gain, .bias = bias}),
+                     typed_x.to(at::kDouble).matmul(gained.t()) + bias) < bound);
+      CHECK(distance(w.backward_input(typed_g, {.gain = gain}),
+                     typed_g.to(at::kDouble).matmul(gained)) < bound);
     }
   }
   const auto x = torch::randn({2, 0, w.in});

@@ -23,6 +23,12 @@ TEST_CASE("a dense weight multiplies like its matrix in every mix of dtypes") {
                               x.to(torch::kDouble).matmul(exact.t()), bound, bound));
         CHECK(torch::allclose(weight.backward_input(g).to(torch::kDouble),
                               g.to(torch::kDouble).matmul(exact), bound, bound));
+        const auto gain = torch::randn({37}), bias = torch::randn({37});
+        const auto gained = gain.to(torch::kDouble).unsqueeze(1) * exact;
+        CHECK(torch::allclose(weight.linear(x, {.gain = gain, .bias = bias}).to(torch::kDouble),
+                              x.to(torch::kDouble).matmul(gained.t()) + bias, bound, bound));
+        CHECK(torch::allclose(weight.backward_input(g, {.gain = gain}).to(torch::kDouble),
+                              g.to(torch::kDouble).matmul(gained), bound, bound));
         CHECK(torch::equal(weight.rows(3, 11, torch::kDouble), exact.slice(0, 3, 11)));
         const auto ids = torch::tensor({{4, 0}, {36, 4}}, torch::kLong);
         CHECK(torch::equal(weight.gather(ids, torch::kDouble),

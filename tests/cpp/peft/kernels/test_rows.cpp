@@ -197,6 +197,24 @@ TEST_CASE("a rotation turns pairs, copies the rest and is undone") {
   }
 }
 
+TEST_CASE("sums of products of rows are float64's, the same with any number of threads") {
+  for (const int64_t m : {0, 1, 16, 37, 300})
+    for (const int64_t n : {1, 9, 70}) {
+      const auto a = normal_floats(m * n, 1), b = normal_floats(m * n, 2);
+      std::vector<double> wanted(static_cast<size_t>(n));
+      for (int64_t i = 0; i < m * n; ++i)
+        wanted[static_cast<size_t>(i % n)] +=
+            double{a[static_cast<size_t>(i)]} * double{b[static_cast<size_t>(i)]};
+      on_each_isa([&] {
+        std::vector<float> one(wanted.size(), 5.0f), four(wanted.size());
+        sum_products(rows(a, n), rows(b, n), m, n, one.data(), {});
+        sum_products(rows(a, n), rows(b, n), m, n, four.data(), threads_of(4));
+        CHECK(distance(one, wanted, 1.0) < 1e-5);
+        CHECK(one == four);
+      });
+    }
+}
+
 TEST_CASE("16-bit rows: the normed values are rounded before the weight, as transformers does") {
   const int64_t n = 48;
   const auto x = normal_floats(2 * n, 1), w = normal_floats(n, 2);

@@ -41,19 +41,25 @@ std::map<std::string, Reading> readings() {
   };
 }
 
-// What projects to 7, with a bias and factors; to 5, bare; to 3 with factors alone.
-std::vector<Projection> three(bool packed) {
+// What projects to 7, with a bias and factors; to 5, bare; to 3 with factors alone; then each of
+// them with a gain.
+std::vector<Projection> six(bool packed) {
   std::vector<Projection> all;
-  for (const int64_t out : {7, 5, 3}) {
+  for (const int64_t out : {7, 5, 3, 7, 5, 3}) {
     const auto w = torch::randn({out, 12});
     all.push_back(
         {.weight = packed ? budwood::quant::quantize(w, {.format = "int8"}) : Weight::dense(w)});
   }
-  all[0].bias = random({7});
-  for (const size_t i : {0, 2}) {
+  for (const size_t i : {0, 3}) all[i].bias = random({7});
+  for (const size_t i : {0, 2, 3, 5}) {
     all[i].a = random({2 + static_cast<int64_t>(i), 12});
     all[i].b = random({all[i].weight.out, 2 + static_cast<int64_t>(i)});
     all[i].scaling = 0.7;
+  }
+  for (const size_t i : {3, 4, 5}) {
+    all[i].gain = torch::randn({all[i].weight.out});
+    all[i].gain[1] = 0;
+    all[i].gain.requires_grad_();
   }
   return all;
 }
@@ -61,7 +67,7 @@ std::vector<Projection> three(bool packed) {
 Tensors leaves_of(const Source& source, const std::vector<Projection>& projections) {
   Tensors leaves = source.inputs;
   for (const auto& p : projections)
-    for (const auto& t : {p.bias, p.a, p.b})
+    for (const auto& t : {p.bias, p.a, p.b, p.gain})
       if (t.defined()) leaves.push_back(t);
   return leaves;
 }
@@ -79,7 +85,7 @@ TEST_CASE("projections of one reading have the formula's values and gradients") 
     for (const auto& [name, reading] : readings()) {
       CAPTURE(name);
       CAPTURE(packed);
-      const auto projections = three(packed);
+      const auto projections = six(packed);
       const auto leaves = leaves_of(reading.source, projections);
       Tensors exact_leaves;
       for (const auto& leaf : leaves)
@@ -90,11 +96,13 @@ TEST_CASE("projections of one reading have the formula's values and gradients") 
       Tensors wanted, slopes;
       for (const auto& p : projections) {
         auto y = x.matmul(p.weight.rows(0, p.weight.out, at::kDouble).t());
-        if (p.bias.defined()) y = y + exact_leaves[next++];
+        const auto bias = p.bias.defined() ? exact_leaves[next++] : at::Tensor();
         if (p.a.defined()) {
           y = y + p.scaling * x.matmul(exact_leaves[next].t()).matmul(exact_leaves[next + 1].t());
           next += 2;
         }
+        if (p.gain.defined()) y = y * exact_leaves[next++];
+        if (bias.defined()) y = y + bias;
         wanted.push_back(y);
         slopes.push_back(torch::randn(y.sizes()));
       }
@@ -116,7 +124,7 @@ TEST_CASE("projections of one reading have the formula's values and gradients") 
 TEST_CASE("gradients are taken only where they are wanted, and of results that were used") {
   torch::manual_seed(0);
   const auto x = random({6, 12}, false);
-  const auto projections = three(false);
+  const auto projections = six(false);
   const auto all = budwood::ops::project(Source::plain(x), projections);
   // The last result is not used: its factors get zeros, or nothing.
   const auto grads = torch::autograd::grad({all[0].sum()}, {projections[0].a, projections[2].b}, {},
@@ -127,7 +135,7 @@ TEST_CASE("gradients are taken only where they are wanted, and of results that w
 }
 
 TEST_CASE("no rows are ordinary, and what does not fit is refused") {
-  const auto projections = three(false);
+  const auto projections = six(false);
   const auto none = random({0, 12});
   const auto results = budwood::ops::project(Source::plain(none), projections);
   CHECK(results[0].sizes() == at::IntArrayRef({0, 7}));
@@ -139,6 +147,10 @@ TEST_CASE("no rows are ordinary, and what does not fit is refused") {
   trained[0].weight = Weight::dense(random({7, 12}));
   CHECK_THROWS_WITH_AS(budwood::ops::project(Source::plain(none), trained),
                        doctest::Contains("frozen"), c10::Error);
+  auto short_gain = projections;
+  short_gain[4].gain = random({4});
+  CHECK_THROWS_WITH_AS(budwood::ops::project(Source::plain(none), short_gain),
+                       doctest::Contains("a gain is [5]"), c10::Error);
   auto alone = projections;
   alone[0].b = at::Tensor();
   CHECK_THROWS_WITH_AS(budwood::ops::project(Source::plain(none), alone),

@@ -47,6 +47,29 @@ std::vector<nlohmann::json> metrics(const fs::path& output) {
 
 }  // namespace
 
+TEST_CASE("activations kept in bf16 leave losses as they are and gradients nearly so") {
+  const auto data = std::make_shared<Rows>(
+      std::vector<std::vector<uint32_t>>(12, {1, 5, 2, 7, 3, 9, 4, 2, 8, 6}));
+  auto options = quick();
+  options.steps = 2;
+  std::vector<double> losses;
+  std::vector<at::Tensor> learnt;
+  for (const char* dtype : {"float32", "bfloat16"}) {
+    options.activation_dtype = dtype;
+    const auto model = tiny_model();
+    Trainer trainer(model, data, nullptr, options);
+    trainer.on_log = [&](const StepMetrics& m) { losses.push_back(m.loss); };
+    trainer.run();
+    learnt.push_back(trained(*model));
+  }
+  CHECK(losses[0] == losses[2]);  // of the first step
+  CHECK(losses[1] == doctest::Approx(losses[3]).epsilon(1e-2));
+  CHECK_FALSE(torch::equal(learnt[0], learnt[1]));
+  CHECK(((learnt[0] - learnt[1]).norm() / learnt[0].norm()).item<double>() < 0.05);
+  options.activation_dtype = "float16";
+  CHECK_THROWS_WITH_AS(options.validate(), doctest::Contains("activation_dtype"), Error);
+}
+
 TEST_CASE("training lowers the loss on data that can be learnt and leaves the base alone") {
   std::vector<std::vector<uint32_t>> ids(20, {1, 5, 2, 7, 3, 9, 4});
   auto options = quick();

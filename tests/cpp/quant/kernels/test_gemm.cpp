@@ -167,6 +167,54 @@ TEST_CASE("products agree with the formula for all shapes, tails and numbers of 
   }
 }
 
+TEST_CASE("rows and columns of a matrix are scaled as it is read") {
+  const int64_t rows = 70, cols = 130;
+  const auto values = normal_floats(rows * cols, 7), factors = normal_floats(cols, 8);
+  const DenseMatrix dense(values.data(), FloatType::fp32, rows, cols, cols);
+  const auto codes = random_bytes(rows * cols, 3);
+  const Int8Matrix int8(reinterpret_cast<const int8_t*>(codes.data()), factors.data(), rows, cols);
+  for (const Matrix* inner :
+       {static_cast<const Matrix*>(&dense), static_cast<const Matrix*>(&int8)})
+    for (const auto along : {ScaledMatrix::Along::rows, ScaledMatrix::Along::cols}) {
+      const ScaledMatrix w(*inner, factors.data(), along);
+      auto wanted = decoded(*inner);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < cols; ++c)
+          wanted[static_cast<size_t>(r * cols + c)] *=
+              factors[static_cast<size_t>(along == ScaledMatrix::Along::rows ? r : c)];
+      CHECK(decoded(w) == wanted);
+      std::vector<float> piece(3 * 64);
+      w.decode(5, 3, 64, 64, piece.data(), 64);
+      for (size_t i = 0; i < piece.size(); ++i)
+        CHECK(piece[i] == wanted[(5 + i / 64) * static_cast<size_t>(cols) + 64 + i % 64]);
+      for (const bool transposed : {true, false})
+        for (const int64_t m : {1, 5, 40}) {
+          const Problem p{w, transposed, m};
+          p.check(p.product());
+        }
+    }
+}
+
+TEST_CASE("a scaled 4-bit row is multiplied straight from its codes") {
+  const int64_t rows = 12, cols = 128;
+  const auto plain = normal_floats(rows * cols, 7), factors = normal_floats(rows, 8);
+  std::vector<uint8_t> codes(static_cast<size_t>(rows * cols / 2));
+  Floats absmax(static_cast<size_t>(rows * cols / 64), 0.5f);
+  for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * 37);
+  Bnb4View view;
+  view.codes = codes.data();
+  view.absmax = absmax.data();
+  view.count = rows * cols;
+  view.block_size = 64;
+  const Bnb4Matrix inner(view, cols);
+  const ScaledMatrix w(inner, factors.data(), ScaledMatrix::Along::rows);
+  const Problem p{w, true, 1};
+  p.check(p.product());
+  const ScaledMatrix columns(inner, plain.data(), ScaledMatrix::Along::cols);
+  const Problem q{columns, true, 1};
+  q.check(q.product());
+}
+
 TEST_CASE("every instruction set and every number of threads gives the same bits") {
   const auto values = normal_floats(300 * 1100, 7);
   const DenseMatrix w(values.data(), FloatType::fp32, 300, 1100, 1100);
