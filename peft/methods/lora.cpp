@@ -7,6 +7,7 @@
 #include <budwood/peft/methods/lora_config.h>
 #include <budwood/peft/svd.h>
 #include <budwood/quant/error.h>
+#include <budwood/quant/memory_pool.h>
 #include <budwood/quant/ops.h>
 #include <algorithm>
 #include <cmath>
@@ -55,9 +56,11 @@ namespace {
 // Calls use(rows [n, in] in the dtype, number of the first) for the whole weight.
 template <class Use>
 void for_panels(const quant::Weight& weight, at::ScalarType dtype, const Use& use) {
-  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / weight.in);
+  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 18) / weight.in);
   for (int64_t begin = 0; begin < weight.out; begin += step)
     use(weight.rows(begin, std::min(weight.out, begin + step), dtype), begin);
+  // Panels leave holes between the small tensors of adapters, which stay.
+  quant::trim_heap_after(weight.out * weight.in * int64_t{4});
 }
 
 // The squares of norms that a sum of three terms cannot give, in fp64, one of [rows or columns].
