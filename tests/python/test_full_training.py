@@ -153,12 +153,15 @@ def test_updates_during_the_backward_are_those_after_it(name, checkpointing, who
     folder, _ = whole(name)
     data = make_rows(tmp_path / "x", count=16)
     options = {"steps": 6, "max_grad_norm": 0.5, "gradient_checkpointing": checkpointing}
+    # AdamW divides a gradient by itself: with its usual eps one that is nothing but rounding moves
+    # a weight as far as any other.
+    options["eps"] = 1e-4
     one, _, first = run(folder, data, None, **options)
     two, _, second = run(folder, data, None, **options, fused_backward=True)
     assert first["final_loss"] == pytest.approx(second["final_loss"], rel=1e-6)
     wanted = dict(one.named_parameters())
     for name, p in two.named_parameters():
-        assert (p - wanted[name]).abs().max() < 1e-5, name
+        assert (p - wanted[name]).abs().max() < 1e-6, name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "lomo", "adalomo", "mezo"])
