@@ -28,27 +28,16 @@ using Backward = Four(const at::Tensor& grad, const at::Tensor& x, const at::Ten
                       c10::SymIntArrayRef shape, const at::Tensor& a, const at::Tensor& b,
                       const at::Tensor& gain, double scaling, bool need_x);
 
-at::Tensor flat(const at::Tensor& t) {
-  return t.reshape({-1, t.size(-1)});
-}
-
 quant::Weight weight_of(const at::Tensor& x, at::TensorList parts, int64_t format,
                         at::IntArrayRef shape, const at::Tensor& a, const at::Tensor& b,
                         const at::Tensor& gain) {
-  TORCH_CHECK(shape.size() == 2, "[dora_linear] shape is [out, in], found ", shape);
-  const int64_t out = shape[0], in = shape[1];
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in, "[dora_linear] the last dimension of x is ", in,
-              ", found a tensor of ", x.sizes());
-  TORCH_CHECK(a.dim() == 2 && a.size(1) == in, "[dora_linear] A is [r, ", in, "], found ",
-              a.sizes());
-  TORCH_CHECK(b.dim() == 2 && b.size(0) == out && b.size(1) == a.size(0), "[dora_linear] B is [",
-              out, ", ", a.size(0), "], found ", b.sizes());
-  TORCH_CHECK(gain.dim() == 1 && gain.size(0) == out, "[dora_linear] the gain is [", out,
+  check_factors("dora_linear", x, shape, a, b);
+  TORCH_CHECK(gain.dim() == 1 && gain.size(0) == shape[0], "[dora_linear] the gain is [", shape[0],
               "], found ", gain.sizes());
-  TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.scalar_type() == gain.scalar_type(),
-              "[dora_linear] A, B and the gain have one dtype, found ", a.scalar_type(), ", ",
-              b.scalar_type(), " and ", gain.scalar_type());
-  return quant::Weight::from_parts(parts.vec(), format, out, in);
+  TORCH_CHECK(gain.scalar_type() == a.scalar_type(),
+              "[dora_linear] A and the gain have one dtype, found ", a.scalar_type(), " and ",
+              gain.scalar_type());
+  return quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
 }
 
 // (y, u) with u = x Aᵀ [tokens, r].
@@ -79,12 +68,7 @@ Four backward_kernel(const at::Tensor& grad, const at::Tensor& x, const at::Tens
 
 Pair forward_meta(const at::Tensor& x, at::TensorList, int64_t, c10::SymIntArrayRef shape,
                   const at::Tensor& a, const at::Tensor&, const at::Tensor&, double) {
-  auto sizes = x.sym_sizes().vec();
-  c10::SymInt tokens = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) tokens = tokens * sizes[i];
-  sizes.back() = shape[0];
-  return {at::empty_symint(sizes, x.options()),
-          at::empty_symint({tokens, a.sym_size(0)}, a.options())};
+  return like_results(x, shape, a);
 }
 
 Four backward_meta(const at::Tensor& grad, const at::Tensor& x, const at::Tensor&,

@@ -16,29 +16,12 @@ using OptionalTensor = std::optional<at::Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor flat(const at::Tensor& t) {
-  return t.reshape({-1, t.size(-1)});
-}
-
-void check_factors(const at::Tensor& x, at::IntArrayRef shape, const at::Tensor& a,
-                   const at::Tensor& b) {
-  TORCH_CHECK(shape.size() == 2, "[lora_linear] shape is [out, in], found ", shape);
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == shape[1], "[lora_linear] the last dimension of x is ",
-              shape[1], ", found a tensor of ", x.sizes());
-  TORCH_CHECK(a.dim() == 2 && a.size(1) == shape[1], "[lora_linear] A is [r, ", shape[1],
-              "], found ", a.sizes());
-  TORCH_CHECK(b.dim() == 2 && b.size(0) == shape[0] && b.size(1) == a.size(0),
-              "[lora_linear] B is [", shape[0], ", ", a.size(0), "], found ", b.sizes());
-  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "[lora_linear] A and B have one dtype, found ",
-              a.scalar_type(), " and ", b.scalar_type());
-}
-
 // Returns (y, u) with u = x Aᵀ [tokens, r], which the backward reads again.
 std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, at::TensorList parts,
                                                   int64_t format, at::IntArrayRef shape,
                                                   const OptionalTensor& bias, const at::Tensor& a,
                                                   const at::Tensor& b, double scaling) {
-  check_factors(x, shape, a, b);
+  check_factors("lora_linear", x, shape, a, b);
   const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
   const auto u = times_factor(flat(x), a.t());
   return {w.linear(x, {.bias = bias, .left = u, .right = b.t(), .scale = scaling}), u};
@@ -61,12 +44,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_kernel(
 std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& x, at::TensorList, int64_t,
                                                 c10::SymIntArrayRef shape, const OptionalTensor&,
                                                 const at::Tensor& a, const at::Tensor&, double) {
-  auto sizes = x.sym_sizes().vec();
-  c10::SymInt tokens = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) tokens = tokens * sizes[i];
-  sizes.back() = shape[0];
-  return {at::empty_symint(sizes, x.options()),
-          at::empty_symint({tokens, a.sym_size(0)}, a.options())};
+  return like_results(x, shape, a);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(

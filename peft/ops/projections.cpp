@@ -88,10 +88,6 @@ class Gelu final : public Reading {
   std::string approximate_;
 };
 
-at::Tensor flat(const at::Tensor& t) {
-  return t.reshape({-1, t.size(-1)});
-}
-
 // What the backward needs beside tensors.
 struct Plan : torch::CustomClassHolder {
   std::shared_ptr<const Reading> reading;

@@ -25,6 +25,15 @@ def plain(x, w, b, lora_a, lora_b, scaling):
     return linear(x, w, b) + scaling * linear(linear(x, lora_a), lora_b)
 
 
+def assert_same_gradients(ours, wanted, inputs, grad):
+    for mine, other in zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(wanted, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
 FORMS = pytest.mark.parametrize("form", [DENSE, TRANSPOSED])
 BIAS = pytest.mark.parametrize("bias", [False, True])
 LEAD = pytest.mark.parametrize("lead", [(3,), (2, 3), (1,), (0,), (2, 0), ()])
@@ -41,23 +50,13 @@ def test_values_and_gradients_equal_plain_torch(form, bias, lead):
     assert ours.shape == wanted.shape
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(wanted)
-    for mine, other in zip(
-        torch.autograd.grad(ours, inputs, grad),
-        torch.autograd.grad(wanted, inputs, grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(ours, wanted, inputs, grad)
 
     inputs = [t for t in (x, b) if t is not None]
     ours = torch.ops.budwood.linear(x, [part], form, [OUT, IN], b)
     wanted = torch.nn.functional.linear(x, w, b)
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
-    for mine, other in zip(
-        torch.autograd.grad(ours, inputs, grad),
-        torch.autograd.grad(wanted, inputs, grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(ours, wanted, inputs, grad)
 
 
 @FORMS
@@ -163,12 +162,7 @@ def test_dora_linear_equals_plain_torch(form, bias, lead):
     assert ours.shape == wanted.shape
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(wanted)
-    for mine, other in zip(
-        torch.autograd.grad(ours, inputs, grad),
-        torch.autograd.grad(wanted, inputs, grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(ours, wanted, inputs, grad)
 
 
 @FORMS
