@@ -59,8 +59,6 @@ void for_panels(const quant::Weight& weight, at::ScalarType dtype, const Use& us
   const int64_t step = std::max<int64_t>(1, (int64_t{1} << 18) / weight.in);
   for (int64_t begin = 0; begin < weight.out; begin += step)
     use(weight.rows(begin, std::min(weight.out, begin + step), dtype), begin);
-  // Panels leave holes between the small tensors of adapters, which stay.
-  quant::trim_heap_after(weight.out * weight.in * int64_t{4});
 }
 
 // The squares of norms that a sum of three terms cannot give, in fp64, one of [rows or columns].
@@ -88,12 +86,14 @@ DoraNorms::DoraNorms(const quant::Weight& weight, Along along)
     for_panels(weight, at::kFloat,
                [&](const at::Tensor& rows, int64_t) { sums.push_back(rows.square().sum(1)); });
     squares_ = at::cat(sums);
-    return;
+  } else {
+    auto sums = at::zeros({weight.in}, at::kDouble);
+    for_panels(weight, at::kFloat,
+               [&](const at::Tensor& rows, int64_t) { sums += rows.square().sum(0); });
+    squares_ = sums.to(at::kFloat);
   }
-  auto sums = at::zeros({weight.in}, at::kDouble);
-  for_panels(weight, at::kFloat,
-             [&](const at::Tensor& rows, int64_t) { sums += rows.square().sum(0); });
-  squares_ = sums.to(at::kFloat);
+  // Panels leave holes between the small tensors of adapters, which stay.
+  quant::trim_heap_after(weight.out * weight.in * int64_t{4});
 }
 
 at::Tensor DoraNorms::of(const quant::Weight& weight, const at::Tensor& a, const at::Tensor& b,
