@@ -63,7 +63,7 @@ def main() -> None:
     if shutil.which("perf") is None:
         sys.exit("perf is missing (Debian: apt-get install linux-perf)")
     with tempfile.TemporaryDirectory() as scratch:
-        args.model = args.model or prepare_model(Path(scratch) / "model")
+        args.model = args.model or prepare_model(Path(scratch) / "model", args.stored)
         args.steps = max(args.steps, 4)
         program = cpp_command(args, "budwood-cpp")
         one = subprocess.run(

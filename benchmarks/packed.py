@@ -127,7 +127,7 @@ def main() -> None:
         return
     found = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as scratch:
-        args.model = args.model or prepare_model(Path(scratch) / "model")
+        args.model = args.model or prepare_model(Path(scratch) / "model", "float32")
         for _ in range(args.rounds):
             for name in CONTENDERS:
                 command = [sys.executable, __file__, "--one", name, "--model", args.model]

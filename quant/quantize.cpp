@@ -10,6 +10,7 @@
 #include <budwood/quant/kernels/affine.h>
 #include <budwood/quant/kernels/bnb4.h>
 #include <budwood/quant/kernels/int8.h>
+#include <budwood/quant/large_pages.h>
 #include <budwood/quant/nested_scales.h>
 #include <budwood/quant/quantize.h>
 #include <algorithm>
@@ -28,7 +29,7 @@ constexpr std::array<const char*, 5> kFormats = {"nf4", "fp4", "int8", "int4", "
 constexpr int64_t kPanelElements = 1 << 16;
 
 at::Tensor bytes_of(at::IntArrayRef shape) {
-  return at::empty(shape, at::TensorOptions().dtype(at::kByte));
+  return empty_result(shape, at::TensorOptions().dtype(at::kByte));
 }
 at::Tensor floats_of(at::IntArrayRef shape) {
   return at::empty(shape, at::TensorOptions().dtype(at::kFloat));

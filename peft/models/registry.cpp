@@ -61,7 +61,7 @@ bool wants_packed(bool folder, const LoadOptions& options) {
   if (options.weights != "packed")
     throw Error("load",
                 fmt::format("weights is 'auto', 'dense' or 'packed', found '{}'", options.weights));
-  if (!options.quantize.empty())
+  if (!folder && !options.quantize.empty())
     throw Error("load",
                 fmt::format("packed weights are quantised already: take weights='dense' with "
                             "quantize='{}'",

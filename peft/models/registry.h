@@ -19,8 +19,8 @@ struct LoadOptions {
   /// file, and dtype is then that of activations; "dense" decodes them; "auto" is packed, unless
   /// `quantize` packs them anew. Of a folder's 16-bit matrices in a float32 model, "packed"
   /// multiplies with them as they lie in the mapped file: the same numbers in half the memory,
-  /// shared between processes; a merge into them rounds to 16 bits, as it does in the file. "auto"
-  /// and "dense" convert them.
+  /// shared between processes; a merge into them rounds to 16 bits, as it does in the file. With
+  /// `quantize` those are the matrices that it skips. "auto" and "dense" convert them.
   std::string weights = "auto";
   /// Quantises each matrix while loading, tensor by tensor: "nf4", "fp4", "int8", "int4",
   /// "affine8"; empty = not. What the rest of the name does not say stands in quant/quantize.h.

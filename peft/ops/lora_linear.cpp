@@ -1,9 +1,8 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
+#include <budwood/peft/ops/dispatch.h>
 #include <budwood/peft/ops/factors.h>
 #include <budwood/peft/ops/kept.h>
 #include <budwood/peft/ops/lora_linear.h>
@@ -15,22 +14,29 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Entry = at::Tensor(const at::Tensor&, at::TensorList, int64_t, c10::SymIntArrayRef,
+                         const OptionalTensor&, const at::Tensor&, const at::Tensor&, double);
+using Forward = Pair(const at::Tensor&, at::TensorList, int64_t, c10::SymIntArrayRef,
+                     const OptionalTensor&, const at::Tensor&, const at::Tensor&, double);
+using Backward = Three(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList,
+                       int64_t, c10::SymIntArrayRef, const at::Tensor&, const at::Tensor&, double,
+                       bool);
 
 // Returns (y, u) with u = x Aᵀ [tokens, r], which the backward reads again.
-std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, at::TensorList parts,
-                                                  int64_t format, at::IntArrayRef shape,
-                                                  const OptionalTensor& bias, const at::Tensor& a,
-                                                  const at::Tensor& b, double scaling) {
+Pair forward_kernel(const at::Tensor& x, at::TensorList parts, int64_t format,
+                    at::IntArrayRef shape, const OptionalTensor& bias, const at::Tensor& a,
+                    const at::Tensor& b, double scaling) {
   check_factors("lora_linear", x, shape, a, b);
   const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
   const auto u = times_factor(flat(x), a.t());
   return {w.linear(x, {.bias = bias, .left = u, .right = b.t(), .scale = scaling}), u};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_kernel(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, at::TensorList parts,
-    int64_t format, at::IntArrayRef shape, const at::Tensor& a, const at::Tensor& b, double scaling,
-    bool need_x) {
+Three backward_kernel(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u,
+                      at::TensorList parts, int64_t format, at::IntArrayRef shape,
+                      const at::Tensor& a, const at::Tensor& b, double scaling, bool need_x) {
   const auto w = quant::Weight::from_parts(parts.vec(), format, shape[0], shape[1]);
   const auto dy = flat(grad);
   const auto v = times_factor(dy, b).mul_(scaling);
@@ -41,44 +47,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_kernel(
   return {dx, da, db};
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& x, at::TensorList, int64_t,
-                                                c10::SymIntArrayRef shape, const OptionalTensor&,
-                                                const at::Tensor& a, const at::Tensor&, double) {
+Pair forward_meta(const at::Tensor& x, at::TensorList, int64_t, c10::SymIntArrayRef shape,
+                  const OptionalTensor&, const at::Tensor& a, const at::Tensor&, double) {
   return like_results(x, shape, a);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor&, at::TensorList, int64_t,
-    c10::SymIntArrayRef, const at::Tensor& a, const at::Tensor& b, double, bool need_x) {
+Three backward_meta(const at::Tensor& grad, const at::Tensor& x, const at::Tensor&, at::TensorList,
+                    int64_t, c10::SymIntArrayRef, const at::Tensor& a, const at::Tensor& b, double,
+                    bool need_x) {
   auto dx =
       need_x ? at::empty_symint(x.sym_sizes(), grad.options()) : at::empty({0}, grad.options());
   return {dx, at::empty_like(a), at::empty_like(b)};
 }
 
-std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& x, at::TensorList parts,
-                                                int64_t format, c10::SymIntArrayRef shape,
-                                                const OptionalTensor& bias, const at::Tensor& a,
-                                                const at::Tensor& b, double scaling) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("budwood::lora_linear_forward", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(
-              const at::Tensor&, at::TensorList, int64_t, c10::SymIntArrayRef,
-              const OptionalTensor&, const at::Tensor&, const at::Tensor&, double)>();
-  return op.call(x, parts, format, shape, bias, a, b, scaling);
+const Operator<Entry>& entry_operator() {
+  static const Operator<Entry> op("budwood::lora_linear");
+  return op;
 }
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> call_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, at::TensorList parts,
-    int64_t format, c10::SymIntArrayRef shape, const at::Tensor& a, const at::Tensor& b,
-    double scaling, bool need_x) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("budwood::lora_linear_backward", "")
-          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-              const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList, int64_t,
-              c10::SymIntArrayRef, const at::Tensor&, const at::Tensor&, double, bool)>();
-  return op.call(grad, x, u, parts, format, shape, a, b, scaling, need_x);
+const Operator<Forward>& forward_operator() {
+  static const Operator<Forward> op("budwood::lora_linear_forward");
+  return op;
+}
+const Operator<Backward>& backward_operator() {
+  static const Operator<Backward> op("budwood::lora_linear_backward");
+  return op;
 }
 
 class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
@@ -92,7 +84,7 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     ctx->saved_data["bias"] = bias && bias->requires_grad();
     ctx->saved_data["bias_dtype"] = bias ? bias->scalar_type() : x.scalar_type();
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, u] = call_forward(x, parts, format, shape, bias, a, b, scaling);
+    auto [y, u] = forward_operator()(x, parts, format, shape, bias, a, b, scaling);
     auto saved = parts.vec();
     saved.insert(saved.end(), {keep(x), u, a, b});
     ctx->save_for_backward(std::move(saved));
@@ -106,9 +98,9 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     const auto shape = ctx->saved_data["shape"].toSymIntVector();
     const bool need_x = ctx->needs_input_grad(0);
     auto [dx, da, db] =
-        call_backward(grads[0], restored(saved[n], grads[0].scalar_type()), saved[n + 1], parts,
-                      ctx->saved_data["format"].toInt(), shape, saved[n + 2], saved[n + 3],
-                      ctx->saved_data["scaling"].toDouble(), need_x);
+        backward_operator()(grads[0], restored(saved[n], grads[0].scalar_type()), saved[n + 1],
+                            parts, ctx->saved_data["format"].toInt(), shape, saved[n + 2],
+                            saved[n + 3], ctx->saved_data["scaling"].toDouble(), need_x);
     // x, the parts, format, shape, bias, A, B, scaling
     variable_list result(n + 7);
     if (need_x) result[0] = dx;
@@ -137,18 +129,7 @@ at::Tensor autograd_entry(const at::Tensor& x, at::TensorList parts, int64_t for
 at::Tensor device_entry(const at::Tensor& x, at::TensorList parts, int64_t format,
                         c10::SymIntArrayRef shape, const OptionalTensor& bias, const at::Tensor& a,
                         const at::Tensor& b, double scaling) {
-  return std::get<0>(call_forward(x, parts, format, shape, bias, a, b, scaling));
-}
-
-at::Tensor call_entry(const at::Tensor& x, at::TensorList parts, int64_t format,
-                      c10::SymIntArrayRef shape, const OptionalTensor& bias, const at::Tensor& a,
-                      const at::Tensor& b, double scaling) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("budwood::lora_linear", "")
-          .typed<at::Tensor(const at::Tensor&, at::TensorList, int64_t, c10::SymIntArrayRef,
-                            const OptionalTensor&, const at::Tensor&, const at::Tensor&, double)>();
-  return op.call(x, parts, format, shape, bias, a, b, scaling);
+  return std::get<0>(forward_operator()(x, parts, format, shape, bias, a, b, scaling));
 }
 
 // Adapters stay in their own dtype (fp32): only x follows autocast.
@@ -157,8 +138,9 @@ at::Tensor autocast_entry(const at::Tensor& x, at::TensorList parts, int64_t for
                           c10::SymIntArrayRef shape, const OptionalTensor& bias,
                           const at::Tensor& a, const at::Tensor& b, double scaling) {
   c10::impl::ExcludeDispatchKeyGuard guard{key};
-  return call_entry(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device),
-                    parts, format, shape, bias, a, b, scaling);
+  return entry_operator()(
+      at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), parts, format,
+      shape, bias, a, b, scaling);
 }
 
 }  // namespace
@@ -177,43 +159,26 @@ TORCH_LIBRARY_FRAGMENT(budwood, m) {
       "SymInt[] shape, Tensor lora_A, Tensor lora_B, float scaling, bool need_x) -> "
       "(Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
-}
-
-#define BUDWOOD_DEVICE_KERNELS(key)                  \
-  TORCH_LIBRARY_IMPL(budwood, key, m) {              \
-    m.impl("lora_linear", device_entry);             \
-    m.impl("lora_linear_forward", forward_kernel);   \
-    m.impl("lora_linear_backward", backward_kernel); \
-  }
-BUDWOOD_DEVICE_KERNELS(CPU)
-BUDWOOD_DEVICE_KERNELS(CUDA)
-#undef BUDWOOD_DEVICE_KERNELS
-
-TORCH_LIBRARY_IMPL(budwood, Meta, m) {
-  m.impl("lora_linear", device_entry);
-  m.impl("lora_linear_forward", forward_meta);
-  m.impl("lora_linear_backward", backward_meta);
-}
-
-TORCH_LIBRARY_IMPL(budwood, Autograd, m) {
-  m.impl("lora_linear", autograd_entry);
-  m.impl("lora_linear_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("lora_linear_backward", torch::autograd::autogradNotImplementedFallback());
-}
-
-TORCH_LIBRARY_IMPL(budwood, AutocastCPU, m) {
-  m.impl("lora_linear", autocast_entry<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
-}
-
-TORCH_LIBRARY_IMPL(budwood, AutocastCUDA, m) {
-  m.impl("lora_linear", autocast_entry<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+  implement(m, "lora_linear", device_entry);
+  implement(m, "lora_linear_forward", forward_kernel);
+  implement(m, "lora_linear_backward", backward_kernel);
+  m.impl("lora_linear", c10::DispatchKey::Meta, device_entry);
+  m.impl("lora_linear_forward", c10::DispatchKey::Meta, forward_meta);
+  m.impl("lora_linear_backward", c10::DispatchKey::Meta, backward_meta);
+  m.impl("lora_linear", c10::DispatchKey::Autograd, autograd_entry);
+  without_gradient(m, "lora_linear_forward");
+  without_gradient(m, "lora_linear_backward");
+  m.impl("lora_linear", c10::DispatchKey::AutocastCPU,
+         autocast_entry<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+  m.impl("lora_linear", c10::DispatchKey::AutocastCUDA,
+         autocast_entry<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
 }
 
 at::Tensor lora_linear(const at::Tensor& x, const quant::Weight& weight, const OptionalTensor& bias,
                        const at::Tensor& a, const at::Tensor& b, double scaling) {
   const std::array<c10::SymInt, 2> shape{weight.out, weight.in};
-  return call_entry(x, weight.parts, static_cast<int64_t>(weight.format), shape, bias, a, b,
-                    scaling);
+  return entry_operator()(x, weight.parts, static_cast<int64_t>(weight.format), shape, bias, a, b,
+                          scaling);
 }
 
 }  // namespace budwood::ops

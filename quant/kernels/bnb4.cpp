@@ -14,12 +14,16 @@ namespace budwood::quant::kernels {
 namespace {
 
 struct Type {
-  float table[16];
+  Bnb4Table table;
   Bnb4Encoding encoding;
 
   explicit Type(Bnb4Type type) {
     for (int i = 0; i < 16; ++i) {
-      table[i] = bnb4_value(type, i);
+      table.entries[i] = bnb4_value(type, i);
+      const auto bits = std::bit_cast<uint32_t>(table.entries[i]);
+      for (int k = 0; k < 4; ++k) {
+        table.planes[k][i] = static_cast<uint8_t>(bits >> (8 * k));
+      }
       encoding.order[i] = bnb4_code_by_size(type, i);
       encoding.thresholds[i] = i < 15 ? bnb4_threshold(type, i) : 0.0f;
     }
@@ -54,7 +58,7 @@ QuantizeStatus first_not_finite(const float* src, int64_t begin, int64_t end) {
 }  // namespace
 
 const float* bnb4_table(Bnb4Type type) {
-  return type_of(type).table;
+  return type_of(type).table.entries;
 }
 
 bool is_bnb4_block_size(int64_t block_size) {
@@ -90,7 +94,7 @@ void dequantize_bnb4_tile(const Bnb4View& weight, int64_t cols, int64_t row, int
   constexpr int64_t kChunk = 1024;
   float scales[kChunk / 32 + 1];
   const int shift = std::countr_zero(static_cast<uint64_t>(weight.block_size));
-  const float* table = bnb4_table(weight.type);
+  const Bnb4Table& table = type_of(weight.type).table;
   const auto decode = path().decode;
   const NestedAbsmax& nested = weight.nested;
   const auto outer = static_cast<uint64_t>(nested.block_size);
@@ -152,7 +156,7 @@ bool dot_bnb4(const Bnb4View& weight, int64_t cols, int64_t row, int64_t col, in
       }
     }
   }
-  path().dot(bnb4_table(weight.type), codes, scales, n / kGroup, x, out);
+  path().dot(type_of(weight.type).table, codes, scales, n / kGroup, x, out);
   return true;
 }
 
@@ -165,7 +169,7 @@ void dequantize_bnb4(const Bnb4View& weight, int64_t begin, int64_t n, FloatType
   constexpr int64_t kChunk = 1024;
   float scales[kChunk / 32 + 1];
   float values[kChunk];
-  const float* table = bnb4_table(weight.type);
+  const Bnb4Table& table = type_of(weight.type).table;
   const auto decode = path().decode;
   auto* bytes = static_cast<char*>(dst);
   while (n > 0) {

@@ -31,17 +31,59 @@ __m256 eight(const Table& table, const uint8_t* codes) {
   return look_up(table, _mm256_srlv_epi32(_mm256_set1_epi32(bytes), places));
 }
 
+/// The entries' bytes, each plane in both lanes.
+struct Planes {
+  __m256i plane[4];
+};
+
+Planes load_planes(const Bnb4Table& table) {
+  Planes all;
+  for (int k = 0; k < 4; ++k) {
+    all.plane[k] = _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.planes[k])));
+  }
+  return all;
+}
+
+/// 32 elements from 16 bytes: one byte of each entry at a time, for all 32 together.
+void thirty_two(const Planes& planes, const uint8_t* codes, __m256 scale, float* dst) {
+  // Elements 0-3, 8-11, ... to the lower lane, 4-7, 12-15, ... to the upper one.
+  const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
+                                         2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+  const __m256i bytes = _mm256_shuffle_epi8(
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), twice);
+  const __m256i index =
+      _mm256_or_si256(_mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00)),
+                      _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f)));
+  const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], index);
+  const __m256i b1 = _mm256_shuffle_epi8(planes.plane[1], index);
+  const __m256i b2 = _mm256_shuffle_epi8(planes.plane[2], index);
+  const __m256i b3 = _mm256_shuffle_epi8(planes.plane[3], index);
+  const __m256i low[] = {_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)};
+  const __m256i high[] = {_mm256_unpacklo_epi8(b2, b3), _mm256_unpackhi_epi8(b2, b3)};
+  for (int half = 0; half < 2; ++half, dst += 16) {
+    const __m256i first = _mm256_unpacklo_epi16(low[half], high[half]);
+    const __m256i second = _mm256_unpackhi_epi16(low[half], high[half]);
+    _mm256_storeu_ps(dst, _mm256_mul_ps(_mm256_castsi256_ps(first), scale));
+    _mm256_storeu_ps(dst + 8, _mm256_mul_ps(_mm256_castsi256_ps(second), scale));
+  }
+}
+
 /// n elements of one block from position begin.
-void decode_run(const float* entries, const Table& table, const uint8_t* codes, int64_t begin,
+void decode_run(const Bnb4Table& table, const Planes& planes, const uint8_t* codes, int64_t begin,
                 int64_t n, float scale, float* dst) {
+  const float* entries = table.entries;
   codes += begin / 2;
   if ((begin & 1) != 0 && n > 0) {
     *dst++ = entries[*codes++ & 15] * scale;
     --n;
   }
   const __m256 scales = _mm256_set1_ps(scale);
+  for (; n >= 32; n -= 32, codes += 16, dst += 32) {
+    thirty_two(planes, codes, scales, dst);
+  }
   for (; n >= 8; n -= 8, codes += 4, dst += 8) {
-    _mm256_storeu_ps(dst, _mm256_mul_ps(eight(table, codes), scales));
+    _mm256_storeu_ps(dst, _mm256_mul_ps(eight(load_table(entries), codes), scales));
   }
   for (; n > 0; n -= 2, ++codes, dst += 2) {
     dst[0] = entries[*codes >> 4] * scale;
@@ -51,13 +93,13 @@ void decode_run(const float* entries, const Table& table, const uint8_t* codes, 
   }
 }
 
-void decode(const float* entries, const uint8_t* codes, const float* absmax, int64_t block_size,
+void decode(const Bnb4Table& table, const uint8_t* codes, const float* absmax, int64_t block_size,
             int64_t begin, int64_t n, float* dst) {
-  const Table table = load_table(entries);
+  const Planes planes = load_planes(table);
   while (n > 0) {
-    const int64_t left = block_size - begin % block_size;
+    const int64_t left = block_size - (begin & (block_size - 1));
     const int64_t run = left < n ? left : n;
-    decode_run(entries, table, codes, begin, run, *absmax++, dst);
+    decode_run(table, planes, codes, begin, run, *absmax++, dst);
     begin += run;
     dst += run;
     n -= run;

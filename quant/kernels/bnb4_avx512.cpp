@@ -37,13 +37,13 @@ void decode_run(const float* entries, __m512 table, const uint8_t* codes, int64_
   }
 }
 
-void decode(const float* entries, const uint8_t* codes, const float* absmax, int64_t block_size,
+void decode(const Bnb4Table& of_type, const uint8_t* codes, const float* absmax, int64_t block_size,
             int64_t begin, int64_t n, float* dst) {
-  const __m512 table = _mm512_loadu_ps(entries);
+  const __m512 table = _mm512_loadu_ps(of_type.entries);
   while (n > 0) {
-    const int64_t left = block_size - begin % block_size;
+    const int64_t left = block_size - (begin & (block_size - 1));
     const int64_t run = left < n ? left : n;
-    decode_run(entries, table, codes, begin, run, *absmax++, dst);
+    decode_run(of_type.entries, table, codes, begin, run, *absmax++, dst);
     begin += run;
     dst += run;
     n -= run;
@@ -94,9 +94,9 @@ __m512 sixteen(__m512 table, const uint8_t* codes) {
   return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi64(bytes), places), table);
 }
 
-void dot(const float* entries, const uint8_t* const* codes, const float* const* scales,
+void dot(const Bnb4Table& of_type, const uint8_t* const* codes, const float* const* scales,
          int64_t groups, const float* x, float* out) {
-  const __m512 table = _mm512_loadu_ps(entries);
+  const __m512 table = _mm512_loadu_ps(of_type.entries);
   const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   const __m512i back = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),

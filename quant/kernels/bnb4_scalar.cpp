@@ -4,7 +4,7 @@
 namespace budwood::quant::kernels {
 namespace {
 
-void decode(const float* table, const uint8_t* codes, const float* absmax, int64_t block_size,
+void decode(const Bnb4Table& table, const uint8_t* codes, const float* absmax, int64_t block_size,
             int64_t begin, int64_t n, float* dst) {
   const int64_t end = begin + n;
   for (int64_t i = begin; i < end; ++absmax) {
@@ -12,16 +12,16 @@ void decode(const float* table, const uint8_t* codes, const float* absmax, int64
     const int64_t stop = block_end < end ? block_end : end;
     const float scale = *absmax;
     if (i < stop && (i & 1) != 0) {
-      *dst++ = table[codes[i / 2] & 15] * scale;
+      *dst++ = table.entries[codes[i / 2] & 15] * scale;
       ++i;
     }
     for (; i + 2 <= stop; i += 2) {
       const uint8_t byte = codes[i / 2];
-      *dst++ = table[byte >> 4] * scale;
-      *dst++ = table[byte & 15] * scale;
+      *dst++ = table.entries[byte >> 4] * scale;
+      *dst++ = table.entries[byte & 15] * scale;
     }
     if (i < stop) {
-      *dst++ = table[codes[i / 2] >> 4] * scale;
+      *dst++ = table.entries[codes[i / 2] >> 4] * scale;
       ++i;
     }
   }

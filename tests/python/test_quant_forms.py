@@ -170,6 +170,24 @@ def test_quantising_while_loading_gives_the_dequantised_model(format, tiny_folde
         assert relative(model(IDS), reference(IDS).logits) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied-bias"])
+def test_what_quantising_skips_can_stay_as_it_lies_in_a_16_bit_folder(name, tiny_folder, tmp_path):
+    folder = tmp_path / "bf16"
+    transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_folder(name), dtype=torch.bfloat16
+    ).save_pretrained(folder)
+    dense, packed = (
+        _C.load_model(str(folder), "float32", quantize="nf4", weights=weights)
+        for weights in ("auto", "packed")
+    )
+    held = [{w["form"]: w["bytes"] for w in _C.base_weights(model)} for model in (dense, packed)]
+    assert held[0].keys() == {"float32", "nf4"}
+    assert held[1] == {"bfloat16": held[0]["float32"] // 2, "nf4": held[0]["nf4"]}
+    for model in (dense, packed):
+        lora(model)
+    assert relative(packed(IDS), dense(IDS)) < 1e-5
+
+
 def test_a_merged_packed_model_is_saved_dense_and_opens_in_transformers(tiny_folder, tmp_path):
     model = _C.load_model(str(tiny_folder("llama")), dtype="float32", quantize="nf4")
     lora(model)

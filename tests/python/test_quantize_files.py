@@ -234,7 +234,6 @@ def test_settings_of_the_base_are_checked(tiny_folder, tmp_path, capsys):
         ("quantize: {format: nf4, double_quant: 3}", "quantize.double_quant is 3"),
         ("quantize: {format: nf4, skip: lm_head}", "wanted a list of names"),
         ("weights: sparse", "'auto', 'dense' or 'packed', found 'sparse'"),
-        ("weights: packed\nquantize: nf4", "quantised already"),
     ):
         config.write_text(
             TRAIN.format(
