@@ -72,21 +72,13 @@ class Float4Matrix final : public PackedMatrix {
                               "is {}",
                               row, group, most));
     double best = most, least = std::numeric_limits<double>::infinity();
-    const auto attempt = [&](double candidate) {
-      const auto scale = static_cast<double>(static_cast<float>(candidate));
+    for (double part = 1.0; most > 0 && part > 0.69; part -= 0.025) {
+      const auto scale = static_cast<double>(static_cast<float>(part * most));
       const double error = squared_error(grid_, values, importance, n, scale);
-      if (!(error < least)) return;
+      if (error >= least) continue;
       least = error;
       best = scale;
-    };
-    for (double part = 1.0; most > 0 && part > 0.69; part -= 0.025) {
-      attempt(part * most);
-      // nf4 has 8 values above 0 and 7 below. Double quantisation holds scales as distances from
-      // their mean and wants one sign.
-      if (!double_quant_) attempt(-part * most);
     }
-    const double around = best;
-    for (const double near : {0.9875, 1.0125}) attempt(near * around);
     scale_[row * groups_ + group] = static_cast<float>(best);
   }
 

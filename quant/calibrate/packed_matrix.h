@@ -31,9 +31,8 @@ class PackedMatrix {
 
 /// bitsandbytes' 4 bits, "nf4" or "fp4", in blocks of whole rows. A block's scale is what rounds
 /// its values with the least weighted squared error, of some between its largest value and 0.7 of
-/// it; without double_quant it may be negative, which turns the grid round. With double_quant the
-/// grids have to be done before the first code. Throws Error for a block size that is not allowed
-/// or does not divide `in`.
+/// it. With double_quant the grids have to be done before the first code. Throws Error for a block
+/// size that is not allowed or does not divide `in`.
 std::unique_ptr<PackedMatrix> float4_matrix(const std::string& format, int64_t out, int64_t in,
                                             int64_t block_size, bool double_quant);
 
