@@ -39,13 +39,13 @@ py::dict as_dict(const budwood::InjectReport& report) {
 // A scope of C++ as a context manager.
 class UseAdapters {
  public:
-  UseAdapters(torch::nn::Module& model, budwood::RowGroups groups)
-      : model_(&model), groups_(std::move(groups)) {}
+  UseAdapters(std::shared_ptr<torch::nn::Module> model, budwood::RowGroups groups)
+      : model_(std::move(model)), groups_(std::move(groups)) {}
   void enter() { scope_.emplace(*model_, groups_); }
   void exit() { scope_.reset(); }
 
  private:
-  torch::nn::Module* model_;
+  std::shared_ptr<torch::nn::Module> model_;  // kept alive by this, whatever pybind11's version
   budwood::RowGroups groups_;
   std::optional<budwood::UseAdapters> scope_;
 };
@@ -93,11 +93,11 @@ void bind_for(py::module_& m) {
       "unmerge", [](Model& model) { budwood::unmerge(model); }, py::arg("model"));
   m.def(
       "use_adapters",
-      [](Model& model, const std::vector<int64_t>& cu_seqlens,
+      [](const std::shared_ptr<Model>& model, const std::vector<int64_t>& cu_seqlens,
          const std::vector<std::string>& names) {
         return std::make_unique<UseAdapters>(model, budwood::row_groups(cu_seqlens, names));
       },
-      py::arg("model"), py::arg("cu_seqlens"), py::arg("names"), py::keep_alive<0, 1>(),
+      py::arg("model"), py::arg("cu_seqlens"), py::arg("names"),
       "A context in which sequence s uses the adapter names[s]; \"\" is the bare base.");
   m.def(
       "trainable_parameters", [](Model& model) { return budwood::trainable_parameters(model); },
