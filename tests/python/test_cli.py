@@ -489,11 +489,11 @@ def test_a_model_larger_than_the_memory_of_its_process_is_merged(tmp_path):
     program = Path(_C.__file__).parents[2] / "tools" / "budwood"
     if not program.exists():
         pytest.skip("the native program is not built")
-    # Beyond its libraries, of which a torch with CUDA has gigabytes, the process gets half of it.
+    # Beyond its libraries (gigabytes where torch has CUDA) the process gets a third of that.
     listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     libraries = {Path(part) for part in listed.split() if part.startswith("/")}
     size = 1_200_000_000
-    limit = size // 2 + sum(library.stat().st_size for library in libraries)
+    limit = size // 3 + sum(library.stat().st_size for library in libraries)
     model, adapter = tmp_path / "model", tmp_path / "adapter"
     model.mkdir()
     adapter.mkdir()
