@@ -16,7 +16,7 @@ def cpu_name() -> str:
             name = value.strip()
         elif key.strip() == "flags":
             flags = value
-    vectors = [f for f in ("avx512_bf16", "avx512f", "avx2") if f in flags.split()]
+    vectors = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags.split()]
     return f"{name} ({vectors[0] if vectors else 'no AVX2'})"
 
 

@@ -52,7 +52,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "instruction_set",
       [] { return budwood::quant::kernels::isa_name(budwood::quant::kernels::active_isa()); },
-      "Which kernels are in use: 'scalar', 'avx2' or 'avx512' (see BUDWOOD_ISA).");
+      "Which kernels are in use: 'scalar', 'avx2', 'avx512' or 'amx' (see BUDWOOD_ISA).");
   bind_error(m);
   bind_config(m);
   bind_targets(m);

@@ -17,12 +17,12 @@ namespace {
 constexpr int kUnset = -1;
 std::atomic<int> forced{kUnset};
 
-// Seconds of the same product, small enough for the first cache.
-double seconds_of(void (*multiply)(const Tile&), int64_t k) {
+// Seconds for one row of the same product, small enough for the first cache.
+double seconds_of(void (*multiply)(const Tile&), int64_t rows, int64_t k) {
   constexpr int kTimes = 200;
-  std::vector<float> a(static_cast<size_t>(kTileRows * k)), c(kTileRows * kPanelWidth);
-  std::vector<float> b(static_cast<size_t>(kPanelWidth * k));
-  Tile tile{.rows = kTileRows,
+  std::vector<float> a(static_cast<size_t>(rows * k)), b(static_cast<size_t>(kPanelWidth * k));
+  std::vector<float> c(static_cast<size_t>(rows * kPanelWidth));
+  Tile tile{.rows = rows,
             .width = kPanelWidth,
             .a = a.data(),
             .a_stride = k,
@@ -35,17 +35,19 @@ double seconds_of(void (*multiply)(const Tile&), int64_t k) {
   for (int i = 0; i < kTimes; ++i) {
     multiply(tile);
   }
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
+  return spent.count() / static_cast<double>(rows);
 }
 
 // The rates differ by a factor of two or more, so the least of a few runs is beyond doubt.
-bool is_faster() {
+bool is_faster(const Bf16Path& path) {
   constexpr int64_t kInner = 64;
   double fp32 = 1e9, bf16 = 1e9;
   for (int round = 0; round < 7; ++round) {
-    fp32 = std::min(fp32, seconds_of(kGemmAvx512.tile, kInner));
-    bf16 = std::min(bf16, seconds_of(kGemmBf16.tile, kInner / 2));
+    fp32 = std::min(fp32, seconds_of(kGemmAvx512.tile, kTileRows, kInner));
+    bf16 = std::min(bf16, seconds_of(path.tile, path.rows, kInner / 2));
   }
+  path.release();
   return bf16 < fp32;
 }
 
@@ -77,8 +79,16 @@ bool multiplies_in_bf16() {
   if (!has_avx512_bf16()) {
     return false;
   }
-  static const bool faster = is_faster();
+  if (has_amx_bf16()) {
+    static const bool faster = is_faster(kGemmAmx);
+    return faster;
+  }
+  static const bool faster = is_faster(kGemmBf16);
   return faster;
+}
+
+const Bf16Path& bf16_path() {
+  return has_amx_bf16() ? kGemmAmx : kGemmBf16;
 }
 
 ScopedBf16::ScopedBf16(bool bf16) : previous_(forced.load()) {

@@ -32,8 +32,8 @@ class Worker {
                              job.options.low_rank.rank * width,
                              kScratchRows * kScratchCols,
                              kScratchRows * kScratchCols / 2,
-                             kTileRows * (job.inner + 16),
-                             round_up(rows_of(job.parts), kTileRows) * width,
+                             job.tile_rows * (job.inner + 16),
+                             rows_of(job.parts) * width,
                              width};
     int64_t total = 0;
     for (const int64_t size : sizes) {
@@ -45,6 +45,13 @@ class Worker {
     for (size_t i = 0; i < std::size(sizes); ++i) {
       *parts[i] = at;
       at += round_up(sizes[i], 16);
+    }
+  }
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+  ~Worker() {
+    if (job_.bf16 != nullptr) {
+      job_.bf16->release();
     }
   }
 
@@ -61,7 +68,7 @@ class Worker {
 
  private:
   int64_t rows_of(int64_t parts) const {
-    return round_up(ceil_div(job_.m, std::max<int64_t>(1, parts)), kTileRows);
+    return round_up(ceil_div(job_.m, std::max<int64_t>(1, parts)), job_.tile_rows);
   }
 
   void run(int64_t group, int64_t begin, int64_t end) {
@@ -87,9 +94,9 @@ class Worker {
         }
         held_ = group;
       }
-      for (int64_t row = begin; row < end; row += kTileRows) {
+      for (int64_t row = begin; row < end; row += job_.tile_rows) {
         Tile tile;
-        tile.rows = std::min(kTileRows, end - row);
+        tile.rows = std::min(job_.tile_rows, end - row);
         set_x(row, k0, kc, tile);
         for (int64_t from = 0; from < cols_; from += kPanelWidth) {
           tile.width = std::min(kPanelWidth, round_up(cols_ - from, 16));
@@ -119,19 +126,26 @@ class Worker {
     }
   }
 
-  /// The tile of kc rows of a panel, or of W where it is stored, in chains of kChain.
+  /// The tile of kc rows of a panel, or of W where it is stored, in chains.
   void multiply_chains(Tile tile, int64_t kc, const float* stored, const float* panel) {
-    const int64_t pair = job_.bf16 ? 2 : 1;
+    const int64_t pair = job_.bf16 != nullptr ? 2 : 1;
+    const int64_t chain = job_.bf16 != nullptr ? job_.bf16->chain : kChain;
+    const auto multiply = job_.bf16 != nullptr ? job_.bf16->tile : path_.tile;
     tile.b_stride = stored != nullptr ? job_.w.stride() : kPanelWidth;
     const auto* a = static_cast<const char*>(tile.a);
     const float* b = stored != nullptr ? stored : panel;
-    for (int64_t k = 0; k == 0 || k < kc; k += kChain) {
-      tile.k = ceil_div(std::min(kChain, kc - k), pair);
+    for (int64_t k = 0; k == 0 || k < kc; k += chain) {
+      tile.k = padded(std::min(chain, kc - k)) / pair;
       tile.a = a + k / pair * 4;
       tile.b = b + k / pair * tile.b_stride;
-      job_.bf16 ? kGemmBf16.tile(tile) : path_.tile(tile);
+      multiply(tile);
       tile.add = true;
     }
+  }
+
+  /// kc with the zeros that the inner loop reads behind it.
+  int64_t padded(int64_t kc) const {
+    return job_.bf16 != nullptr ? round_up(kc, job_.bf16->step) : kc;
   }
 
   /// Adds the low-rank term and the bias.
@@ -140,14 +154,18 @@ class Worker {
     if (low.rank == 0 && bias == nullptr) {
       return;
     }
-    tile.a = low.left + row * low.left_stride;
     tile.a_stride = low.left_stride;
     tile.b = low_rank_ + from * low.rank;
     tile.b_stride = kPanelWidth;
     tile.k = low.rank;
     tile.bias = bias == nullptr ? nullptr : bias + from;
     tile.add = true;
-    path_.tile(tile);
+    for (const int64_t end = row + tile.rows; row < end; row += kTileRows) {
+      tile.rows = std::min(kTileRows, end - row);
+      tile.a = low.left + row * low.left_stride;
+      path_.tile(tile);
+      tile.c += kTileRows * tile.c_stride;
+    }
   }
 
   const float* bias_of_group() {
@@ -163,16 +181,16 @@ class Worker {
   /// The rows of x where they lie, or a copy that the inner loop can read.
   void set_x(int64_t row, int64_t k0, int64_t kc, Tile& tile) {
     const FloatRows& x = job_.x;
-    if (job_.bf16) {
+    if (job_.bf16 != nullptr) {
       tile.a = place(x, row, k0);
       tile.a_stride = x.stride / 2;
-      if (x.stride % 2 != 0 || kc % 2 != 0) {
+      if (x.stride % 2 != 0 || padded(kc) != kc) {
         tile.a = strip_;
         tile.a_stride = job_.inner / 2;
         auto* to = reinterpret_cast<uint16_t*>(strip_);
         for (int64_t r = 0; r < tile.rows; ++r, to += job_.inner) {
           std::memcpy(to, place(x, row + r, k0), static_cast<size_t>(kc) * 2);
-          to[kc] = 0;  // the strip has room beyond its last row
+          std::fill(to + kc, to + padded(kc), uint16_t{0});
         }
       }
     } else if (x.type == FloatType::fp32) {
@@ -195,7 +213,7 @@ class Worker {
           fill_transposed(r, rows, k0 + c, std::min(kScratchCols, kc - c), c);
         }
       }
-    } else if (job_.panels == 1 && !job_.bf16) {
+    } else if (job_.panels == 1 && job_.bf16 == nullptr) {
       job_.w.decode(k0, kc, col_, cols_, panel_, kPanelWidth);
       for (int64_t k = 0; k < kc && cols_ % 16 != 0; ++k) {
         float* row = panel_ + k * kPanelWidth;
@@ -206,14 +224,20 @@ class Worker {
         fill_rows(k0 + k, std::min(kScratchRows, kc - k), k);
       }
     }
+    const int64_t pairs = ceil_div(kc, 2);
+    for (int64_t from = 0; from < cols_ && padded(kc) > kc; from += kPanelWidth) {
+      float* panel = panel_ + from * job_.inner;
+      std::fill(panel + pairs * kPanelWidth, panel + padded(kc) / 2 * kPanelWidth, 0.0f);
+    }
   }
 
   /// Rows [r, r + rows) of the group by columns [col, col + cols) of W, transposed to rows `at`,
   /// at + 1, ... of the panel.
   void fill_transposed(int64_t r, int64_t rows, int64_t col, int64_t cols, int64_t at) {
     const Matrix& w = job_.w;
+    float* panel = panel_ + r / kPanelWidth * kPanelWidth * job_.inner + r % kPanelWidth;
     const bool whole = rows == kScratchRows;
-    if (job_.bf16) {
+    if (job_.bf16 != nullptr) {
       const float* from = half_scratch_;
       int64_t stride = kScratchCols / 2;
       if (whole && w.bf16() != nullptr && w.stride() % 2 == 0 && cols % 2 == 0) {
@@ -222,7 +246,7 @@ class Worker {
       } else {
         decode_to_scratch(col_ + r, rows, col, cols);
       }
-      path_.transpose(from, stride, (cols + 1) / 2, panel_ + at / 2 * kPanelWidth + r);
+      path_.transpose(from, stride, (cols + 1) / 2, panel + at / 2 * kPanelWidth);
       return;
     }
     const float* from = scratch_;
@@ -233,14 +257,15 @@ class Worker {
     } else {
       decode_to_scratch(col_ + r, rows, col, cols);
     }
-    path_.transpose(from, stride, cols, panel_ + at * kPanelWidth + r);
+    path_.transpose(from, stride, cols, panel + at * kPanelWidth);
   }
 
   /// Rows [k, k + rows) of W to rows `at`, at + 1, ... of the panels.
   void fill_rows(int64_t k, int64_t rows, int64_t at) {
     const Matrix& w = job_.w;
-    const bool stored = job_.bf16 && w.bf16() != nullptr && rows % 2 == 0 && cols_ % 16 == 0;
-    const bool floats = !job_.bf16 && w.floats() != nullptr && cols_ % 16 == 0;
+    const bool stored =
+        job_.bf16 != nullptr && w.bf16() != nullptr && rows % 2 == 0 && cols_ % 16 == 0;
+    const bool floats = job_.bf16 == nullptr && w.floats() != nullptr && cols_ % 16 == 0;
     if (!stored && !floats) {
       decode_to_scratch(k, rows, col_, cols_);
     }
@@ -251,7 +276,7 @@ class Worker {
         w.decode(k, rows, col_ + from, width, panel + at * kPanelWidth, kPanelWidth);
         continue;
       }
-      if (!job_.bf16) {
+      if (job_.bf16 == nullptr) {
         for (int64_t r = 0; r < rows; ++r) {
           std::copy_n(scratch_ + r * kScratchCols + from, width, panel + (at + r) * kPanelWidth);
         }
@@ -261,8 +286,8 @@ class Worker {
                                       : reinterpret_cast<uint16_t*>(half_scratch_) + from;
       const int64_t stride = stored ? w.stride() : kScratchCols;
       for (int64_t r = 0; r < rows; r += 2) {
-        kGemmBf16.zip(halves + r * stride, halves + (r + 1) * stride, width,
-                      reinterpret_cast<uint16_t*>(panel + (at + r) / 2 * kPanelWidth));
+        kBf16Moves.zip(halves + r * stride, halves + (r + 1) * stride, width,
+                       reinterpret_cast<uint16_t*>(panel + (at + r) / 2 * kPanelWidth));
       }
     }
   }
@@ -275,9 +300,9 @@ class Worker {
     for (int64_t r = 0; r < kScratchRows; ++r) {
       float* values = scratch_ + r * kScratchCols;
       std::fill(values + (r < rows ? cols : 0), values + padded, 0.0f);
-      if (job_.bf16) {
-        kGemmBf16.round(values, padded,
-                        reinterpret_cast<uint16_t*>(half_scratch_) + r * kScratchCols);
+      if (job_.bf16 != nullptr) {
+        kBf16Moves.round(values, padded,
+                         reinterpret_cast<uint16_t*>(half_scratch_) + r * kScratchCols);
       }
     }
   }
@@ -350,24 +375,32 @@ Job::Job(const Matrix& matrix, bool transpose, const FloatRows& x_rows, int64_t 
     : w(matrix), transposed(transpose), x(x_rows), m(rows), y(y_rows), options(how) {
   n = transposed ? w.rows() : w.cols();
   k = transposed ? w.cols() : w.rows();
-  bf16 = x.type == FloatType::bf16 && !options.exact && multiplies_in_bf16();
+  if (x.type == FloatType::bf16 && !options.exact && multiplies_in_bf16()) {
+    bf16 = &bf16_path();
+    tile_rows = bf16->rows;
+  }
   if (!transposed) {
     panels = std::max<int64_t>(1, w.block() / kPanelWidth);
     // A long x, the gradient of logits, is read from memory for each group.
     if (k >= kLongInner) panels = std::max(panels, kLongPanels);
-    in_place = !bf16 && w.floats() != nullptr && m <= kRowsInPlace;
+    in_place = bf16 == nullptr && w.floats() != nullptr && m <= kRowsInPlace;
   }
-  const int64_t most = in_place ? kInnerInPlace : kInner / panels;
+  int64_t most = in_place ? kInnerInPlace : kInner / panels, task_rows = kTaskRows / panels;
+  if (bf16 != nullptr && bf16->panels > panels) {
+    panels = bf16->panels;
+    most = kInner;
+    task_rows = kTaskRows;
+  }
   blocks = std::max<int64_t>(1, ceil_div(k, most));
   inner = round_up(std::max<int64_t>(1, ceil_div(k, blocks)), 256);
   blocks = std::max<int64_t>(1, ceil_div(k, inner));
   groups = ceil_div(n, panels * kPanelWidth);
-  parts = last_parts = ceil_div(m, kTaskRows / panels);
+  parts = last_parts = ceil_div(m, task_rows);
   // The groups that do not go round evenly are cut into rows.
   const int64_t threads = options.threads.count;
   if (threads > 1) {
     last_groups = std::min(groups, groups % threads + (groups >= 4 * threads ? threads : 0));
-    const int64_t least = in_place ? kTileRows : 4 * kTileRows;
+    const int64_t least = in_place ? kTileRows : std::max(4 * kTileRows, tile_rows);
     last_parts = std::max(parts, std::min(ceil_div(m, least), 2 * threads));
   }
 }

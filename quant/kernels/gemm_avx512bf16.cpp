@@ -39,9 +39,6 @@ void tile_of(const Tile& t) {
     for (int v = 0; v < V; ++v) {
       float* c = t.c + r * t.c_stride + 16 * v;
       __m512 sum = sums[r][v];
-      if (t.bias != nullptr) {
-        sum = _mm512_add_ps(sum, _mm512_loadu_ps(t.bias + 16 * v));
-      }
       if (t.add) {
         sum = _mm512_add_ps(_mm512_loadu_ps(c), sum);
       }
@@ -86,6 +83,8 @@ void zip(const uint16_t* first, const uint16_t* second, int64_t n, uint16_t* dst
 
 }  // namespace
 
-const Bf16Path kGemmBf16 = {tile, round, zip};
+const Bf16Path kGemmBf16 = {
+    .rows = kTileRows, .step = 2, .chain = 256, .panels = 1, .tile = tile, .release = [] {}};
+const Bf16Moves kBf16Moves = {.round = round, .zip = zip};
 
 }  // namespace budwood::quant::kernels

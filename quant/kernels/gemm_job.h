@@ -98,7 +98,8 @@ struct Job {
   const MutableFloatRows& y;
   const GemmOptions& options;
   int64_t n = 0, k = 0;
-  bool bf16 = false;      ///< arithmetic
+  const Bf16Path* bf16 = nullptr;  ///< arithmetic; null for fp32
+  int64_t tile_rows = kTileRows;
   bool in_place = false;  ///< W is read where it lies
   int64_t panels = 1;     ///< side by side in a task, so that blocks of W are decoded once
   int64_t inner = 0;      ///< rows of a panel

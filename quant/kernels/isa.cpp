@@ -2,6 +2,9 @@
 #include <budwood/quant/kernels/isa.h>
 #include <fmt/format.h>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <string>
@@ -12,6 +15,16 @@ namespace {
 constexpr int kUnset = -1;
 std::atomic<int> current{kUnset};
 
+// Tile registers are for processes that ask the system: threads save 8 KB more.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 Isa probe() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
@@ -20,14 +33,16 @@ Isa probe() {
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return Isa::avx512;
+    const bool amx = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+                     __builtin_cpu_supports("amx-bf16");
+    return amx && may_use_tiles() ? Isa::amx : Isa::avx512;
   }
   return Isa::avx2;
 }
 
 std::string available() {
   std::string names = isa_name(Isa::scalar);
-  for (Isa isa : {Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::amx}) {
     if (isa <= best_isa()) {
       names.append(", ").append(isa_name(isa));
     }
@@ -39,6 +54,8 @@ std::string available() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -54,7 +71,7 @@ Isa best_isa() {
 }
 
 Isa isa_of_name(std::string_view name) {
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx}) {
     if (name == isa_name(isa)) {
       if (isa > best_isa()) {
         throw Error("isa_of_name",
@@ -80,7 +97,11 @@ Isa active_isa() {
 
 bool has_avx512_bf16() {
   static const bool supported = __builtin_cpu_supports("avx512bf16");
-  return supported && active_isa() == Isa::avx512;
+  return supported && active_isa() >= Isa::avx512;
+}
+
+bool has_amx_bf16() {
+  return active_isa() == Isa::amx;
 }
 
 ScopedIsa::ScopedIsa(Isa isa) : previous_(current.load()) {

@@ -15,7 +15,7 @@ namespace budwood::quant::kernels {
 /// Instruction sets of this machine besides scalar.
 inline std::vector<Isa> wide_isas() {
   std::vector<Isa> isas;
-  for (Isa isa : {Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::amx}) {
     if (isa <= best_isa()) {
       isas.push_back(isa);
     }
