@@ -8,7 +8,7 @@ namespace budwood::quant::kernels {
 namespace gemm {
 namespace {
 
-// Rows of a panel: 256 KB of the second cache.
+// Rows of a panel: 256 KB of the second cache, which has 2 MB where panels hold bf16 in fours.
 constexpr int64_t kInner = 1024;
 // A panel that is read where it lies, by few rows of x: it stays in the cache between them.
 constexpr int64_t kInnerInPlace = 256;
@@ -28,12 +28,12 @@ class Worker {
  public:
   explicit Worker(const Job& job) : job_(job), path_(gemm_path()) {
     const int64_t width = job.panels * kPanelWidth;
-    const int64_t sizes[] = {job.inner * width,
+    const int64_t sizes[] = {job.inner * width / (job.bf16 != nullptr ? 2 : 1),
                              job.options.low_rank.rank * width,
                              kScratchRows * kScratchCols,
                              kScratchRows * kScratchCols / 2,
                              job.tile_rows * (job.inner + 16),
-                             rows_of(job.parts) * width,
+                             (job.blocks == 1 ? job.tile_rows : rows_of(job.parts)) * width,
                              width};
     int64_t total = 0;
     for (const int64_t size : sizes) {
@@ -78,6 +78,8 @@ class Worker {
     col_ = group * job_.panels * kPanelWidth;
     cols_ = std::min(job_.panels * kPanelWidth, job_.n - col_);
     const bool to_y = job_.y.type == FloatType::fp32 && cols_ % 16 == 0;
+    // Sums that are complete go to y while the first cache holds them.
+    const bool at_once = !to_y && job_.blocks == 1;
     const float* bias = bias_of_group();
     for (int64_t block = 0; block < job_.blocks; ++block) {
       const int64_t k0 = block * job_.inner;
@@ -106,23 +108,31 @@ class Worker {
             tile.add = block > 0 || job_.options.add;
           } else {
             tile.c_stride = job_.panels * kPanelWidth;
-            tile.c = result_ + (row - begin) * tile.c_stride + from;
+            tile.c = result_ + (at_once ? 0 : row - begin) * tile.c_stride + from;
             tile.add = block > 0;
           }
           const float* stored =
               read_in_place ? job_.w.floats() + k0 * job_.w.stride() + col_ + from : nullptr;
-          multiply_chains(tile, kc, stored, panel_ + from * job_.inner);
+          multiply_chains(tile, kc, stored, panel_of(from));
           if (last) {
             finish(tile, row, from, bias);
           }
         }
+        if (at_once) {
+          store(row, row + tile.rows);
+        }
       }
     }
-    if (!to_y) {
-      for (int64_t row = begin; row < end; ++row) {
-        store_row(result_ + (row - begin) * job_.panels * kPanelWidth, cols_, job_.y, row, col_,
-                  job_.options.add);
-      }
+    if (!to_y && !at_once) {
+      store(begin, end);
+    }
+  }
+
+  /// The rows of result_ to rows [begin, end) of y.
+  void store(int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      store_row(result_ + (row - begin) * job_.panels * kPanelWidth, cols_, job_.y, row, col_,
+                job_.options.add);
     }
   }
 
@@ -141,6 +151,11 @@ class Worker {
       multiply(tile);
       tile.add = true;
     }
+  }
+
+  /// The panel of the group's column `from`, a multiple of kPanelWidth.
+  float* panel_of(int64_t from) const {
+    return panel_ + from * job_.inner / (job_.bf16 != nullptr ? 2 : 1);
   }
 
   /// kc with the zeros that the inner loop reads behind it.
@@ -226,7 +241,7 @@ class Worker {
     }
     const int64_t pairs = ceil_div(kc, 2);
     for (int64_t from = 0; from < cols_ && padded(kc) > kc; from += kPanelWidth) {
-      float* panel = panel_ + from * job_.inner;
+      float* panel = panel_of(from);
       std::fill(panel + pairs * kPanelWidth, panel + padded(kc) / 2 * kPanelWidth, 0.0f);
     }
   }
@@ -235,7 +250,7 @@ class Worker {
   /// at + 1, ... of the panel.
   void fill_transposed(int64_t r, int64_t rows, int64_t col, int64_t cols, int64_t at) {
     const Matrix& w = job_.w;
-    float* panel = panel_ + r / kPanelWidth * kPanelWidth * job_.inner + r % kPanelWidth;
+    float* panel = panel_of(r / kPanelWidth * kPanelWidth) + r % kPanelWidth;
     const bool whole = rows == kScratchRows;
     if (job_.bf16 != nullptr) {
       const float* from = half_scratch_;
@@ -271,7 +286,7 @@ class Worker {
     }
     for (int64_t from = 0; from < cols_; from += kPanelWidth) {
       const int64_t width = std::min(kPanelWidth, round_up(cols_ - from, 16));
-      float* panel = panel_ + from * job_.inner;
+      float* panel = panel_of(from);
       if (floats) {
         w.decode(k, rows, col_ + from, width, panel + at * kPanelWidth, kPanelWidth);
         continue;
@@ -388,7 +403,7 @@ Job::Job(const Matrix& matrix, bool transpose, const FloatRows& x_rows, int64_t 
   int64_t most = in_place ? kInnerInPlace : kInner / panels, task_rows = kTaskRows / panels;
   if (bf16 != nullptr && bf16->panels > panels) {
     panels = bf16->panels;
-    most = kInner;
+    most = 2 * kInner;
     task_rows = kTaskRows;
   }
   blocks = std::max<int64_t>(1, ceil_div(k, most));

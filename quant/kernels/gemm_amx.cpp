@@ -42,7 +42,7 @@ void release() {
 
 // 16 or 32 rows by 16 or 32 columns, from column `at` on.
 template <bool TwoRows, bool TwoColumns>
-void part(const Tile& t, int64_t at) {
+void tile_of(const Tile& t, int64_t at) {
   float* c = t.c + at;
   const auto c_stride = static_cast<size_t>(t.c_stride) * 4;
   float* lower_c = c + kSide * t.c_stride;
@@ -85,10 +85,10 @@ template <bool TwoRows>
 void parts(const Tile& t) {
   int64_t at = 0;
   for (; at + 2 * kSide <= t.width; at += 2 * kSide) {
-    part<TwoRows, true>(t, at);
+    tile_of<TwoRows, true>(t, at);
   }
   if (at < t.width) {
-    part<TwoRows, false>(t, at);
+    tile_of<TwoRows, false>(t, at);
   }
 }
 
@@ -101,7 +101,7 @@ void tile(const Tile& t) {
 
 const Bf16Path kGemmAmx = {.rows = 2 * kSide,
                            .step = 2 * kSide,
-                           .chain = 1024,
+                           .chain = 2048,
                            .panels = 4,
                            .tile = tile,
                            .release = release};
