@@ -22,7 +22,8 @@ from step import cpp_command, options_of, prepare_model
 
 #: Part -> (library, pattern of its functions), the first that fits counts.
 PARTS = [
-    ("products with the base", "libbudwood_quant", r"tile_of|hand_out|transpose|multiply|dot"),
+    ("products with the base", "libbudwood_quant", r"tile|hand_out|transpose|zip|multiply|dot"),
+    ("16 bits to 32 and back", "libbudwood_quant", r"_to_fp32|fp32_to_|round"),
     ("decoding the base", "libbudwood_quant", r""),
     ("low-rank and attention products", "libbudwood.so", r"tile<|rank|factor"),
     ("softmax of attention", "libbudwood.so", r"attend"),

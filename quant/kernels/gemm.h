@@ -12,8 +12,8 @@
 /// fp32 arithmetic: every output is a sum, in order, of chains of 256 fused multiply-adds and of
 /// one chain for the low-rank term (up to 8 rows of x, or 32 of W: of 16 chains); the same bits on
 /// every instruction set, with any number of threads. bf16 tokens are multiplied in bf16, with fp32
-/// sums, where that is faster (bf16_choice.h). A thread needs 0.6 MB, and 256 bytes for each
-/// rank, kept for its next product.
+/// sums, where that is faster (bf16_choice.h). A thread needs 0.6 MB, 1.6 MB
+/// with AMX, and 256 bytes for each rank, kept for its next product.
 namespace budwood::quant::kernels {
 
 /// m rows of floats, `stride` elements apart.
