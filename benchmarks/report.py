@@ -27,11 +27,12 @@ PEERS = ("torch", "transformers", "peft", "bitsandbytes")
 # (title, options of step.py, contenders)
 FAST = "peft,peft-optimize,budwood-python,budwood-optimize,budwood-cpp"
 SHORT = "peft,budwood-python,budwood-cpp"
+SAVING = ",budwood-cpp-checkpointed,budwood-cpp-checkpointed-8th,budwood-cpp-bf16-activations"
 CASES = [
-    ("LoRA, fp32", "--method lora", FAST + ",budwood-cpp-checkpointed"),
+    ("LoRA, fp32", "--method lora", FAST + SAVING),
     ("LoRA, fp32, allocator tuned for the peer", "--method lora --allocator tuned", SHORT),
     ("LoRA, bf16", "--method lora --compute bfloat16", FAST),
-    ("QLoRA NF4, fp32 compute", "--base nf4", FAST + ",budwood-cpp-checkpointed"),
+    ("QLoRA NF4, fp32 compute", "--base nf4", FAST + SAVING),
     ("QLoRA NF4, bf16 compute", "--base nf4 --compute bfloat16", FAST),
     ("DoRA, fp32", "--method dora", SHORT),
     ("IA3, fp32", "--method ia3", SHORT),
@@ -129,17 +130,16 @@ def plot(known: dict) -> None:
     cases = [(t, known["cases"][t]) for t, _, _ in CASES if t in known["cases"]]
     if not cases:
         return
-    names = [
-        "peft",
-        "peft-optimize",
-        "budwood-python",
-        "budwood-optimize",
-        "budwood-cpp",
-        "budwood-cpp-checkpointed",
-    ]
-    colours = dict(
-        zip(names, ("#999999", "#c9a227", "#9ecae1", "#4292c6", "#1b7837", "#a6dba0"), strict=True)
-    )
+    colours = {
+        "peft": "#999999",
+        "peft-optimize": "#c9a227",
+        "budwood-python": "#9ecae1",
+        "budwood-optimize": "#4292c6",
+        "budwood-cpp": "#1b7837",
+        "budwood-cpp-bf16-activations": "#762a83",
+        "budwood-cpp-checkpointed-8th": "#5aae61",
+        "budwood-cpp-checkpointed": "#a6dba0",
+    }
     figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.62 * len(cases)), sharey=True)
     for axis, key, label in (
         (axes[0], "seconds", "milliseconds per token"),
@@ -147,7 +147,7 @@ def plot(known: dict) -> None:
     ):
         for row, (_, case) in enumerate(cases):
             tokens = case["context"]["batch"] * case["context"]["length"]
-            there = [n for n in names if n in case["rows"]]
+            there = [n for n in colours if n in case["rows"]]
             for i, name in enumerate(there):
                 value = case["rows"][name][key]
                 value = 1000 * value / tokens if key == "seconds" else value

@@ -9,7 +9,8 @@ Contenders: peft, an HF model with HF PEFT; peft-optimize, the same after budwoo
 budwood-python, an HF model with Budwood's adapters; budwood-optimize, the same after
 budwood.optimize; budwood-cpp, Budwood's own model in a C++ program (step.cpp), which uses 16-bit
 weights of a float32 run as they lie in the file;
-budwood-cpp-checkpointed, that with gradient checkpointing in every block;
+budwood-cpp-checkpointed, that with gradient checkpointing in every block, and
+budwood-cpp-checkpointed-8th, in every eighth;
 budwood-cpp-bf16-activations, that with activations kept in bf16 (the same loss, rounded gradients).
 With --checkpoint the others checkpoint every block, too. All with optimize or cpp in their names
 run inside budwood.memory_pool(), and weights decay by 0.01 everywhere.
@@ -37,6 +38,7 @@ CONTENDERS = (
     "budwood-optimize",
     "budwood-cpp",
     "budwood-cpp-checkpointed",
+    "budwood-cpp-checkpointed-8th",
     "budwood-cpp-bf16-activations",
 )
 # What makes HF PEFT itself fastest: large pages, and freed memory that is kept.
@@ -128,6 +130,8 @@ def cpp_command(args, contender: str) -> list[str]:
         sys.exit(f"{program} is missing: build with BUDWOOD_DEVELOPER_MODE=ON")
     config = json.dumps(adapter_config(args, budwood).to_dict(), default=sorted)
     checkpointed = int(args.checkpoint or contender.endswith("checkpointed"))
+    if contender.endswith("8th") and not args.checkpoint:
+        checkpointed = 8
     numbers = (args.batch, args.length, args.steps, args.threads, checkpointed)
     kept = "bfloat16" if contender.endswith("bf16-activations") else "float32"
     return [str(program), args.model, config, args.base, args.compute, *map(str, numbers), kept]
