@@ -14,11 +14,6 @@ using quant::kernels::gemm::place;
 // Rows that are in the first cache while all of narrow meets them.
 constexpr int64_t kBlockRows = 64;
 
-// A piece of a row is short: no stream of addresses tells the processor what comes next.
-void expect(const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
-
 }  // namespace
 
 void gradient_of_factor(const float* narrow, int64_t narrow_stride,
@@ -29,16 +24,13 @@ void gradient_of_factor(const float* narrow, int64_t narrow_stride,
     const auto [sums, block] = scratch_of<2>({r * kRankColumns, kBlockRows * kRankColumns});
     return [&, sums, block](int64_t task) {
       const int64_t col = task * kRankColumns, cols = std::min(kRankColumns, n - col);
-      const int64_t piece = cols * float_bytes(wide.type);
       std::fill_n(sums, r * kRankColumns, 0.0f);
       for (int64_t row = 0; row < m; row += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, m - row);
         // A copy: rows that are a power of 2 apart would push each other out of the cache.
         if (cols < kRankColumns) std::fill_n(block, rows * kRankColumns, 0.0f);
-        for (int64_t i = 0; i < rows; ++i) {
-          if (row + i + kBlockRows < m) expect(place(wide, row + i + kBlockRows, col), piece);
+        for (int64_t i = 0; i < rows; ++i)
           to_fp32(wide.type, place(wide, row + i, col), block + i * kRankColumns, cols);
-        }
         loops.product(narrow + row * narrow_stride, narrow_stride, block, kRankColumns, rows, r,
                       sums, true);
       }
