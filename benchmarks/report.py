@@ -3,8 +3,9 @@
     python benchmarks/report.py            all of it (an hour on 2 cores)
     python benchmarks/report.py --quick    fewer rounds and shapes
 
-What was measured stays in docs/benchmarks.json, and a run that was stopped goes on from there when
-the machine, the versions and the rounds are the same; --again measures anew.
+What was measured stays in docs/benchmarks.json, apart for each kind of processor, and a run that
+was stopped goes on from there when the versions and the rounds are the same; --again measures anew.
+The plot shows the processor of this run.
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ def main() -> None:
     rounds = args.rounds or (3 if args.quick else 5)
     machine = {"cpu": cpu_name(), "rounds": rounds, **{p: version(p) for p in PEERS}}
     store = DOCS / "benchmarks.json"
-    known = json.loads(store.read_text()) if store.exists() and not args.again else {}
-    if known.get("machine") != machine:
+    records = json.loads(store.read_text()) if store.exists() else []
+    known = next((r for r in records if r["machine"]["cpu"] == machine["cpu"]), None)
+    if known is None or known["machine"] != machine or args.again:
         known = {"machine": machine, "cases": {}}
+    records = [known, *(r for r in records if r["machine"]["cpu"] != machine["cpu"])]
     with tempfile.TemporaryDirectory() as scratch:
         model = None
         for title, options, contenders in CASES[: QUICK if args.quick else None]:
@@ -73,9 +76,9 @@ def main() -> None:
             command += ["--rounds", str(rounds), "--contenders", contenders, *options.split()]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             known["cases"][title] = json.loads(done.stdout)
-            store.write_text(json.dumps(known, indent=1) + "\n")
+            store.write_text(json.dumps(records, indent=1) + "\n")
             print(table(known["cases"][title]), flush=True)
-    write_page(known)
+    write_page(records)
     plot(known)
     print(f"wrote {DOCS / 'benchmarks.md'} and {DOCS / 'benchmarks.png'}")
 
@@ -96,28 +99,30 @@ def table(case: dict) -> str:
     return "\n".join(lines)
 
 
-def write_page(known: dict) -> None:
-    machine = known["machine"]
+def write_page(records: list[dict]) -> None:
     text = [
         "# Benchmarks",
         "",
         "One training step of SmolLM2-135M, Budwood beside HF PEFT. Each contender runs in a",
         "process of its own, in alternation, on the same weights, batch, seeds and threads;",
-        f"medians of {machine['rounds']} rounds of",
-        "2 steps. Speed is HF PEFT's time over the contender's, memory the contender's peak over",
-        "HF PEFT's. 4 x 256 tokens and 2 threads where nothing else is said.",
-        "",
-        f"{machine['cpu']}; " + ", ".join(f"{p} {machine[p]}" for p in PEERS) + ".",
+        "medians of rounds of 2 steps. Speed is HF PEFT's time over the contender's, memory the",
+        "contender's peak over HF PEFT's. 4 x 256 tokens and 2 threads where nothing else is said.",
+        "The machines are shared: fastest and slowest round of each contender are in the tables.",
         "",
         "`make bench-report` makes this page; `benchmarks/step.py` says what the",
         "contenders are.",
         "",
-        "![time per token and peak memory](benchmarks.png)",
-        "",
     ]
-    for title, _, _ in CASES:
-        if title in known["cases"]:
-            text += [f"## {title}", "", table(known["cases"][title]), ""]
+    for i, record in enumerate(records):
+        machine = record["machine"]
+        text += [f"## {machine['cpu']}", ""]
+        versions = ", ".join(f"{p} {machine[p]}" for p in PEERS)
+        text += [f"{machine['rounds']} rounds; {versions}.", ""]
+        if i == 0:
+            text += ["![time per token and peak memory](benchmarks.png)", ""]
+        for title, _, _ in CASES:
+            if title in record["cases"]:
+                text += [f"### {title}", "", table(record["cases"][title]), ""]
     (DOCS / "benchmarks.md").write_text("\n".join(text))
 
 
