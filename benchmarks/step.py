@@ -129,10 +129,9 @@ def cpp_command(args, contender: str) -> list[str]:
     if not program.exists():
         sys.exit(f"{program} is missing: build with BUDWOOD_DEVELOPER_MODE=ON")
     config = json.dumps(adapter_config(args, budwood).to_dict(), default=sorted)
-    checkpointed = int(args.checkpoint or contender.endswith("checkpointed"))
-    if contender.endswith("8th") and not args.checkpoint:
-        checkpointed = 8
-    numbers = (args.batch, args.length, args.steps, args.threads, checkpointed)
+    whole = args.checkpoint or contender.endswith("checkpointed")
+    every = 1 if whole else 8 if contender.endswith("8th") else 0
+    numbers = (args.batch, args.length, args.steps, args.threads, every)
     kept = "bfloat16" if contender.endswith("bf16-activations") else "float32"
     return [str(program), args.model, config, args.base, args.compute, *map(str, numbers), kept]
 

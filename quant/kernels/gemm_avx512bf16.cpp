@@ -71,22 +71,7 @@ void round(const float* src, int64_t n, uint16_t* dst) {
   }
 }
 
-// Words of two vectors in turn: those of the second count from 32.
-__m512i turns(int first) {
-  alignas(64) uint16_t places[32];
-  for (int i = 0; i < 32; ++i) {
-    places[i] = static_cast<uint16_t>(first + i / 2 + i % 2 * 32);
-  }
-  return _mm512_load_si512(places);
-}
-
 void zip(const uint16_t* first, const uint16_t* second, int64_t n, uint16_t* dst) {
-  const __m512i lower = turns(0), upper = turns(16);
-  for (; n >= 32; n -= 32, first += 32, second += 32, dst += 64) {
-    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-    _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(a, lower, b));
-    _mm512_storeu_si512(dst + 32, _mm512_permutex2var_epi16(a, upper, b));
-  }
   for (; n > 0; n -= 16, first += 16, second += 16, dst += 32) {
     const __mmask16 lanes = first_lanes(n < 16 ? n : 16);
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, first));

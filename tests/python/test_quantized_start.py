@@ -91,11 +91,11 @@ def test_qpissa_quantises_what_the_factors_leave(form):
     torch.testing.assert_close(product, u[:, :16] * s[:16] @ vt[:16], atol=1e-4, rtol=1e-4)
     again, _, _ = packed((w.double() - product).float(), form)
     found, wanted = values(start["parts"], format, shape), values(again, format, shape)
-    # Another SVD differs in the last bits, which may tip a near-tie to the code beside it.
+    # The factors hold the product to rounding, which may tip a near-tie to the code beside it.
     error = (found - wanted).abs()
     tipped = error > 1e-6
-    assert tipped.sum() <= 4
-    assert error.max() < 0.01 * wanted.norm()
+    assert tipped.sum() <= 2
+    assert error.max() < 0.005 * wanted.norm()
     assert start["after"] < 0.8 * start["before"]
 
 
